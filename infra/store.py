@@ -1,0 +1,178 @@
+"""Storage: every byte that is published goes through a `Store`. Keys are relative, '/'-separated names below one root.
+
+Lives here: read, ranged read, put (create-if-absent or replace), list, delete, and a pyarrow filesystem for Parquet.
+May not live here: what the bytes mean (ops/shards.py, ops/plan.py). Failures are the built-in `OSError` family.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+TEMPORARY = ".tmp-"
+"""Prefix of a file that is being written: never listed, swept when old."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object of a listing: its key, its size, and when the store's clock says it was last written."""
+
+    key: str
+    bytes: int
+    modified_s: float
+
+
+class Store(Protocol):
+    """What a stage needs of its place. Two forms: a local directory here, and a bucket behind the same methods."""
+
+    location: str
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises FileNotFoundError."""
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` bytes from `start`; fewer only at the object's end. Raises FileNotFoundError."""
+
+    def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
+        """Publishes bytes or a local file, whole or not at all. False: `if_absent` and the key exists already."""
+
+    def stat(self, key: str) -> Entry | None:
+        """Size and time of one object, or None where there is none."""
+
+    def list(self, prefix: str = "", *, temporary: bool = False) -> Iterator[Entry]:
+        """Objects whose key starts with `prefix`, in key order; with `temporary` only half-written leftovers."""
+
+    def delete(self, key: str) -> None:
+        """Removes an object; one that is gone already is no error."""
+
+    def clock_s(self) -> float:
+        """Now, by the clock that stamps `Entry.modified_s` (grace times are measured on this one)."""
+
+    def arrow(self) -> tuple[FileSystem, str]:
+        """A pyarrow filesystem and the path of the root in it."""
+
+
+class LocalStore:
+    """A directory. A put is a temporary file, fsync, `os.link` (or `os.replace`), and fsync of the directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.location = str(root)
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if not key or ".." in parts or "" in parts:
+            raise ValueError(f"not a key of a store: {key!r}")
+        return self.root.joinpath(*parts)
+
+    def read(self, key: str) -> bytes:
+        return self._path(key).read_bytes()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        with self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
+        path = self._path(key)
+        if if_absent and path.exists():
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{path.name}")
+        try:
+            with temporary.open("wb") as file:
+                if isinstance(data, Path):
+                    with data.open("rb") as source:
+                        while block := source.read(1 << 20):
+                            file.write(block)
+                else:
+                    file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if if_absent:
+                try:
+                    os.link(temporary, path)  # atomic, and refuses a second writer: os.replace would not
+                except FileExistsError:
+                    return False
+            else:
+                temporary.replace(path)
+            _fsync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def stat(self, key: str) -> Entry | None:
+        try:
+            found = self._path(key).stat()
+        except FileNotFoundError:
+            return None
+        return Entry(key, found.st_size, found.st_mtime)
+
+    def list(self, prefix: str = "", *, temporary: bool = False) -> Iterator[Entry]:
+        # Walk only the directory that the prefix names: a listing of receipts must not walk the data.
+        directory = self.root.joinpath(*prefix.split("/")[:-1])
+        found = []
+        for folder, _, names in os.walk(directory):
+            for name in names:
+                if name.startswith(TEMPORARY) is not temporary:
+                    continue
+                path = Path(folder, name)
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix):
+                    found.append((key, path))
+        for key, path in sorted(found):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue  # swept or replaced between the listing and the look
+            yield Entry(key, status.st_size, status.st_mtime)
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def clock_s(self) -> float:
+        return time.time()
+
+    def arrow(self) -> tuple[FileSystem, str]:
+        from pyarrow.fs import LocalFileSystem
+
+        return LocalFileSystem(), str(self.root)
+
+
+def _fsync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_store(location: str) -> Store:
+    """The store at a local path. Nothing is created until the first put.
+
+    >>> open_store("runs/demo/pairs").location
+    'runs/demo/pairs'
+    """
+    if "://" in location:
+        raise OSError(f"{location}: only local paths can be used so far, not {location.split('://')[0]}://")
+    path = Path(location)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{location} is a file; a directory is needed")
+    return LocalStore(path)
+
+
+def join(location: str, *names: str) -> str:
+    """A place below another, for local paths and URLs alike.
+
+    >>> join("runs/demo", "pairs")
+    'runs/demo/pairs'
+    """
+    return "/".join([location.rstrip("/") or "/", *names])

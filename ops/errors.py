@@ -1,0 +1,144 @@
+"""What can go wrong with a shard or a run. A pair that fails is no exception but data: see ops/reasons.py.
+
+    ArmchairError                 one sentence each: what happened, where, what to do next
+    ├─ UsageError                 the person can fix it now                                        exit 2
+    │  ├─ BadList                 a list file, a line or a column of it can't be read
+    │  ├─ BadSetting              a dotted path and what is wrong with its value
+    │  ├─ RecipeChanged           the stage was made with other settings: was / now, field by field
+    │  └─ RunAlive                somebody else is training in this directory
+    ├─ StorageError               disk or bucket                                                   exit 3
+    │  ├─ DamagedArtifact         bytes differ from what the receipt recorded
+    │  ├─ UnknownFormat           written by a later version
+    │  └─ NotShared               a local path that other nodes do not see
+    ├─ Diverged                   the loss is not a number                                         exit 4
+    └─ Incomplete                 done, but not everything                                         exit 5
+
+Values are passed positionally and the text is built in `__str__`: an exception with a keyword-only `__init__`
+loses its type on the way through Ray.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ArmchairError(Exception):
+    """The root. `exit_code` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class UsageError(ArmchairError):
+    """The person can fix it now: UsageError(what, next_step)."""
+
+    def __str__(self) -> str:
+        return " ".join(str(part) for part in self.args)
+
+
+class BadList(UsageError):
+    """BadList(path, line, what): `line` is 1-based, or None where the whole file is meant."""
+
+    def __str__(self) -> str:
+        path, line, what = self.args
+        place = f"{path}, line {line}" if line is not None else str(path)
+        return f"{place}: {what}. Nothing was planned; correct the list and run the same command again."
+
+
+class BadSetting(UsageError):
+    """BadSetting(dotted_path, layer, what): `layer` names the preset file or --set it came from."""
+
+    def __str__(self) -> str:
+        path, layer, what = self.args
+        return f"{path} ({layer}): {what}. `armchair settings` lists every setting with its unit."
+
+
+class RecipeChanged(UsageError):
+    """RecipeChanged(location, changes, ways_out): `changes` is a list of (field, was, now)."""
+
+    def __str__(self) -> str:
+        location, changes, ways_out = self.args
+        lines = [f"  {field}: was {was!r}, now {now!r}" for field, was, now in changes]
+        return "\n".join([f"{location} was made with other settings:", *lines, ways_out])
+
+
+class RunAlive(UsageError):
+    """RunAlive(location, who, seconds): another process gave a sign of life `seconds` ago."""
+
+    def __str__(self) -> str:
+        location, who, seconds = self.args
+        return (
+            f"{location} is being trained by {who} (sign of life {seconds:.0f} s ago). "
+            "Wait for it or stop it; if it is dead, run the same command again in a minute."
+        )
+
+
+class StorageError(ArmchairError):
+    """StorageError(what, next_step)."""
+
+    exit_code: ClassVar[int] = 3
+
+    def __str__(self) -> str:
+        return " ".join(str(part) for part in self.args)
+
+
+class DamagedArtifact(StorageError):
+    """DamagedArtifact(path, expected, found): digests or sizes, as text."""
+
+    def __str__(self) -> str:
+        path, expected, found = self.args
+        return (
+            f"{path} is damaged: its receipt says {expected}, found {found}. Restore the file from a copy, "
+            "or delete the receipt that names it and run the stage again."
+        )
+
+
+class UnknownFormat(StorageError):
+    """UnknownFormat(path, found, known)."""
+
+    def __str__(self) -> str:
+        path, found, known = self.args
+        return (
+            f"{path} has format {found}; this version of armchair reads format {known}. Use a newer armchair."
+        )
+
+
+class NotShared(StorageError):
+    """NotShared(path, node): a file written by the driver was not seen by a task on `node`."""
+
+    def __str__(self) -> str:
+        path, node = self.args
+        return (
+            f"{path} is not shared: node {node} does not see what the driver wrote there. "
+            "Use a bucket or a path that every node mounts."
+        )
+
+
+class Diverged(ArmchairError):
+    """Diverged(location, step, last_good): the loss was not finite at `step`."""
+
+    exit_code: ClassVar[int] = 4
+
+    def __str__(self) -> str:
+        location, step, last_good = self.args
+        good = (
+            f"the last good checkpoint is step {last_good}"
+            if last_good is not None
+            else "no checkpoint exists"
+        )
+        return (
+            f"{location}: the loss is not finite at step {step}; {good}. "
+            "Lower the learning rate (another --into), or run the same command to try again from there."
+        )
+
+
+class Incomplete(ArmchairError):
+    """Incomplete(location, missing, why): some shards are not committed."""
+
+    exit_code: ClassVar[int] = 5
+
+    def __str__(self) -> str:
+        location, missing, why = self.args
+        return (
+            f"{location}: {missing} shards are not committed ({why}). "
+            f"Run the same command again: it does only what is missing. `armchair status {location}` names them."
+        )
