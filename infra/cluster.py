@@ -46,9 +46,7 @@ def connect(cluster: Cluster) -> Iterator[str | None]:
     """
     quiet_environment()
     if cluster.address is None:
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "disabled"
-        )  # a Ray of our own on loopback; token auth is for clusters
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a Ray of our own on loopback; token auth is for clusters
     import ray
 
     if ray.is_initialized():

@@ -97,9 +97,7 @@ class UnknownFormat(StorageError):
 
     def __str__(self) -> str:
         path, found, known = self.args
-        return (
-            f"{path} has format {found}; this version of armchair reads format {known}. Use a newer armchair."
-        )
+        return f"{path} has format {found}; this version of armchair reads format {known}. Use a newer armchair."
 
 
 class NotShared(StorageError):
@@ -120,11 +118,7 @@ class Diverged(ArmchairError):
 
     def __str__(self) -> str:
         location, step, last_good = self.args
-        good = (
-            f"the last good checkpoint is step {last_good}"
-            if last_good is not None
-            else "no checkpoint exists"
-        )
+        good = f"the last good checkpoint is step {last_good}" if last_good is not None else "no checkpoint exists"
         return (
             f"{location}: the loss is not finite at step {step}; {good}. "
             "Lower the learning rate (another --into), or run the same command to try again from there."

@@ -26,9 +26,7 @@ def canonical_json(value: Any) -> bytes:
     >>> canonical_json({"b": 1, "a": (2,)})
     b'{"a":[2],"b":1}'
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def sha256(data: bytes) -> str:
@@ -66,9 +64,7 @@ def _code_version() -> str:
         return version("armchair")  # a container image without git
 
 
-def start_stage(
-    store: Store, stage: str, identity: dict[str, Any], inputs: dict[str, Any], ways_out: str
-) -> None:
+def start_stage(store: Store, stage: str, identity: dict[str, Any], inputs: dict[str, Any], ways_out: str) -> None:
     """Writes recipe.json, or checks that the one there says the same. Raises RecipeChanged (was / now, `ways_out`).
 
     `identity` holds the settings that decide content, `inputs` the fingerprints of what the stage is made from.
@@ -85,9 +81,7 @@ def start_stage(
     there = read_json(store, RECIPE)
     was = _flat({"stage": there["stage"], **there["identity"], **there["inputs"]})
     now = _flat(json.loads(canonical_json({"stage": stage, **identity, **inputs})))
-    changes = [
-        (k, was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)
-    ]
+    changes = [(k, was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
     if changes:
         raise RecipeChanged(store.location, changes, ways_out)
 
