@@ -1,0 +1,273 @@
+"""Shards: how pair shards and token shards are written, committed and found. A shard exists iff its receipt exists.
+
+    data/00012-<sha256[:16]>.tar|.parquet   content-addressed, so a late writer can never overwrite a committed file
+    receipts/00012.g0.json                  the commit: written last, only if absent; names its files, sizes, digests
+
+Readers start from receipts, take the highest generation and never glob data files. The same rows give the same bytes:
+no times, no host names, no order of arrival. May not live here: what a row means (ops/ingest.py, ops/tokenize.py).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from infra.store import Store
+from ops.errors import DamagedArtifact, StorageError, UnknownFormat
+from ops.recipes import canonical_json, file_sha256, sha256
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = 1
+GRACE_S = 24 * 3600.0
+"""Sweep leaves alone what is younger (INGEST.md §6); an attempt older than half of it must not commit any more."""
+
+_RECEIPT = re.compile(r"receipts/(\d{5,})\.g(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """One data file as its receipt names it."""
+
+    key: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The commit of one generation of one shard.
+
+    `made_from` holds digests of the inputs (a pair shard: `work_order`, and from generation 1 on `generation`, the
+    receipt it grew out of; a token shard: `pairs`, `tokenizer`). `rows` = `kept` + the sum of `rejected`. `files` maps
+    the file's extension (`tar`, `parquet`) to its reference. `row_groups` are the rows of each Parquet row group, for
+    readers that count positions without opening the file.
+    """
+
+    stage: Literal["pairs", "tokens"]
+    shard: int
+    generation: int
+    made_from: dict[str, str]
+    rows: int
+    kept: int
+    rejected: dict[str, int] = field(default_factory=dict)
+    files: dict[str, FileRef] = field(default_factory=dict)
+    row_groups: tuple[int, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """Equal receipts give equal bytes: sorted keys, no times.
+
+        >>> receipt = Receipt("pairs", 3, 0, {"work_order": "ab"}, rows=2, kept=1, rejected={"aspect": 1})
+        >>> Receipt.from_json(receipt.to_json()) == receipt
+        True
+        """
+        return canonical_json({"format": FORMAT, **asdict(self)})
+
+    @property
+    def digest(self) -> str:
+        """What later stages name this receipt by: sha256 of its bytes."""
+        return sha256(self.to_json())
+
+    @property
+    def key(self) -> str:
+        """Where the receipt lies in its store."""
+        return receipt_key(self.shard, self.generation)
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str = "a receipt") -> Receipt:
+        """The receipt of these bytes. Raises UnknownFormat, and DamagedArtifact for what is no receipt."""
+        import json
+
+        try:
+            found: dict[str, Any] = json.loads(data)
+            if found.get("format") != FORMAT:
+                raise UnknownFormat(where, found.get("format"), FORMAT)
+            del found["format"]
+            files = {name: FileRef(**ref) for name, ref in found.pop("files").items()}
+            return cls(files=files, row_groups=tuple(found.pop("row_groups")), **found)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedArtifact(where, "the JSON of a receipt", "something else") from error
+
+
+def receipt_key(shard: int, generation: int) -> str:
+    """The name of a receipt.
+
+    >>> receipt_key(12, 0)
+    'receipts/00012.g0.json'
+    """
+    return f"receipts/{shard:05d}.g{generation}.json"
+
+
+def committed_generations(store: Store) -> dict[int, int]:
+    """Shard -> its highest committed generation, from the names of one listing alone."""
+    newest: dict[int, int] = {}
+    for entry in store.list("receipts/"):
+        if match := _RECEIPT.fullmatch(entry.key):
+            shard, generation = int(match[1]), int(match[2])
+            newest[shard] = max(newest.get(shard, 0), generation)
+    return newest
+
+
+def read_receipt(store: Store, shard: int, generation: int) -> Receipt:
+    """One receipt. Raises FileNotFoundError, DamagedArtifact, UnknownFormat."""
+    key = receipt_key(shard, generation)
+    return Receipt.from_json(store.read(key), f"{store.location}/{key}")
+
+
+def read_receipts(store: Store) -> dict[int, Receipt]:
+    """Shard -> its receipt of the highest generation, in the order of shards. One listing, then one read a shard."""
+    newest = sorted(committed_generations(store).items())
+    with ThreadPoolExecutor(16) as pool:  # a bucket answers one read in tens of milliseconds, and there are thousands
+        receipts = pool.map(lambda at: read_receipt(store, *at), newest)
+        return {receipt.shard: receipt for receipt in receipts}
+
+
+def publish(
+    store: Store, receipt: Receipt, scratch: Mapping[str, Path], *, started_s: float | None = None
+) -> Receipt | None:
+    """Commits a shard: its data files first, then its receipt, only if absent.
+
+    `scratch` maps the extension of each data file to a local file; `receipt.files` is filled in here. `started_s` is
+    when the attempt began, by the store's clock. Returns the receipt as it stands in the store, or None if another
+    attempt committed other bytes first (a lost race is no error: the shard is there). Equal bytes count as ours.
+    Raises StorageError if the attempt is older than half the grace of `sweep`, or its files vanish under it.
+    """
+    files = {}
+    for extension, path in scratch.items():
+        digest = file_sha256(path)
+        key = f"data/{receipt.shard:05d}-{digest[:16]}.{extension}"
+        files[extension] = FileRef(key, path.stat().st_size, digest)
+    receipt = replace(receipt, files=files)
+    wanted = receipt.to_json()
+    if store.stat(receipt.key):  # looked up before the upload: hundreds of megabytes saved in a lost race
+        return receipt if store.read(receipt.key) == wanted else None
+    for extension, path in scratch.items():
+        if not store.put(files[extension].key, path):
+            # There already, from an attempt that died: written again, so that a sweep sees a young file.
+            store.put(files[extension].key, path, if_absent=False)
+    if started_s is not None and store.clock_s() - started_s > GRACE_S / 2:
+        raise StorageError(
+            f"{store.location}: shard {receipt.shard:05d} took {(store.clock_s() - started_s) / 3600:.1f} h, and a "
+            "sweep may already have removed its files.",
+            "Run the same command again, with fewer pairs in a shard (plan.pairs_per_shard) for a new --into.",
+        )
+    for ref in files.values():
+        found = store.stat(ref.key)
+        if found is None or found.bytes != ref.bytes:
+            raise StorageError(
+                f"{store.location}/{ref.key} vanished before its receipt.", "Run the same command again."
+            )
+    if store.put(receipt.key, wanted):
+        return receipt
+    return receipt if store.read(receipt.key) == wanted else None
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> dict[str, int]:
+    """Writes (name, bytes) in the given order as a ustar whose bytes depend on nothing else.
+
+    Returns name -> offset of the member's bytes in the file, for random access. Order is the caller's duty: readers
+    of webdataset want the files of one key side by side, and keys sorted.
+    """
+    offsets = {}
+    with path.open("wb") as file:
+        for name, data in members:
+            header = tarfile.TarInfo(name)  # mtime, uid and gid are 0, names are empty, mode is 0644
+            header.size = len(data)
+            file.write(header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict"))
+            offsets[name] = file.tell()
+            file.write(data)
+            file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+    return offsets
+
+
+def write_table(path: Path, table: pa.Table, row_group_rows: int = 10_000) -> tuple[int, ...]:
+    """Writes Parquet (zstd) whose bytes depend on the table, `row_group_rows` and pyarrow's version only.
+
+    Returns the rows of each row group, for `Receipt.row_groups`.
+    """
+    import pyarrow.parquet as pq
+
+    table = table.combine_chunks()  # chunk borders of the input would show in the pages
+    pq.write_table(table, path, compression="zstd", row_group_size=row_group_rows)
+    rows: int = table.num_rows
+    full, rest = divmod(rows, row_group_rows)
+    return (row_group_rows,) * full + ((rest,) if rest else ())
+
+
+def read_table(store: Store, receipt: Receipt, columns: list[str] | None = None) -> pa.Table:
+    """The sidecar (pairs) or the codes (tokens) of a shard; `columns` limits what is read from a bucket."""
+    import pyarrow.parquet as pq
+
+    filesystem, root = store.arrow()
+    ref = receipt.files["parquet"]
+    try:
+        # ParquetFile and not read_table: that one guesses partitions from directory names.
+        with filesystem.open_input_file(f"{root}/{ref.key}") as file:
+            return pq.ParquetFile(file).read(columns=columns)
+    except FileNotFoundError:
+        raise DamagedArtifact(f"{store.location}/{ref.key}", f"{ref.bytes} bytes", "no file") from None
+
+
+def read_verified(store: Store, ref: FileRef) -> bytes:
+    """The whole data file, checked against its receipt. Raises DamagedArtifact."""
+    try:
+        data = store.read(ref.key)
+    except FileNotFoundError:
+        raise DamagedArtifact(f"{store.location}/{ref.key}", f"{ref.bytes} bytes", "no file") from None
+    if sha256(data) != ref.sha256:
+        raise DamagedArtifact(f"{store.location}/{ref.key}", f"sha256 {ref.sha256}", f"sha256 {sha256(data)}")
+    return data
+
+
+def tar_members(data: bytes) -> Iterable[tuple[str, int, bytes]]:
+    """(name, offset, bytes) of a tar in memory, in its order."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            yield member.name, member.offset_data, data[member.offset_data : member.offset_data + member.size]
+
+
+def sidecar_schema() -> pa.Schema:
+    """The columns of a pair shard's Parquet file, before the user's own; img2dataset's names where they exist.
+
+    `status` is `success` or a reason. `tar_offset` and `jpg_size` locate the JPEG in the tar. `original_*` are as the
+    server sent it (upright), `width` and `height` as stored; null where the row never came so far.
+    """
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("uid", pa.string()),
+            ("url", pa.string()),
+            ("final_url", pa.string()),
+            ("caption", pa.string()),
+            ("status", pa.string()),
+            ("detail", pa.string()),
+            ("http_status", pa.int32()),
+            ("bytes_in", pa.int64()),
+            ("content_type", pa.string()),
+            ("sha256", pa.string()),
+            ("dhash", pa.string()),
+            ("original_width", pa.int32()),
+            ("original_height", pa.int32()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("exif_orientation", pa.int32()),
+            ("language", pa.string()),
+            ("language_probability", pa.float32()),
+            ("split", pa.string()),
+            ("weight", pa.float32()),
+            ("tar_offset", pa.int64()),
+            ("jpg_size", pa.int64()),
+        ]
+    )

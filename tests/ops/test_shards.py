@@ -1,0 +1,129 @@
+"""Commit rule of shards: what is published is whole, once, and found through its receipt."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.store import Store, open_store
+from ops.errors import DamagedArtifact, StorageError, UnknownFormat
+from ops.shards import (
+    GRACE_S,
+    Receipt,
+    publish,
+    read_receipts,
+    read_table,
+    read_verified,
+    tar_members,
+    write_table,
+    write_tar,
+)
+
+MEMBERS = [("000000000.jpg", b"j" * 700), ("000000000.json", b"{}"), ("000000000.txt", "Möwe".encode())]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "pairs"))
+
+
+def receipt_of(generation: int = 0, kept: int = 1) -> Receipt:
+    return Receipt("pairs", 7, generation, {"work_order": "ab" * 32}, rows=2, kept=kept, rejected={"aspect": 2 - kept})
+
+
+def scratch_files(tmp_path: Path, members: list[tuple[str, bytes]] = MEMBERS) -> dict[str, Path]:
+    write_tar(tmp_path / "t.tar", members)
+    write_table(tmp_path / "t.parquet", pa.table({"uid": ["a", "b"]}))
+    return {"tar": tmp_path / "t.tar", "parquet": tmp_path / "t.parquet"}
+
+
+def test_a_tar_opens_in_tarfile_and_its_offsets_give_random_access(tmp_path: Path) -> None:
+    offsets = write_tar(tmp_path / "t.tar", MEMBERS)
+    data = (tmp_path / "t.tar").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        read = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
+    assert read == MEMBERS
+    assert [data[offsets[name] : offsets[name] + len(body)] for name, body in MEMBERS] == [b for _, b in MEMBERS]
+    assert [(name, body) for name, _, body in tar_members(data)] == MEMBERS
+
+
+def test_a_table_gives_the_same_bytes_however_its_chunks_lie(tmp_path: Path) -> None:
+    whole = pa.table({"n": list(range(100))})
+    pieces = pa.concat_tables([whole.slice(0, 33), whole.slice(33)])
+    assert write_table(tmp_path / "a", whole, 40) == write_table(tmp_path / "b", pieces, 40) == (40, 40, 20)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    metadata = pq.ParquetFile(tmp_path / "a").metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [40, 40, 20]
+
+
+def test_a_published_shard_is_found_through_its_receipt_alone(store: Store, tmp_path: Path) -> None:
+    assert read_receipts(store) == {}
+    published = publish(store, receipt_of(), scratch_files(tmp_path))
+    assert published is not None
+    assert read_receipts(store) == {7: published}
+    assert Receipt.from_json(store.read("receipts/00007.g0.json")).digest == published.digest
+    assert read_table(store, published)["uid"].to_pylist() == ["a", "b"]
+    assert read_verified(store, published.files["tar"]) == (tmp_path / "t.tar").read_bytes()
+
+
+def test_readers_take_the_highest_generation(store: Store, tmp_path: Path) -> None:
+    for generation in (0, 10, 9):
+        assert publish(store, receipt_of(generation), scratch_files(tmp_path))
+    assert read_receipts(store)[7].generation == 10
+
+
+def test_equal_bytes_are_ours_and_other_bytes_lose_the_race(store: Store, tmp_path: Path) -> None:
+    first = publish(store, receipt_of(), scratch_files(tmp_path))
+    assert publish(store, receipt_of(), scratch_files(tmp_path)) == first
+    assert publish(store, receipt_of(kept=0), scratch_files(tmp_path, [])) is None
+    assert read_receipts(store)[7] == first
+    assert first is not None
+    assert read_verified(store, first.files["tar"])
+
+
+def test_an_old_file_of_a_dead_attempt_is_made_young_by_the_commit(store: Store, tmp_path: Path) -> None:
+    """Else a sweep that runs between the upload and the receipt could take it away."""
+    import os
+
+    first = publish(store, receipt_of(), scratch_files(tmp_path))
+    assert first is not None
+    store.delete(first.key)
+    for ref in first.files.values():
+        os.utime(tmp_path / "pairs" / ref.key, (1, 1))
+    publish(store, receipt_of(), scratch_files(tmp_path))
+    for ref in first.files.values():
+        entry = store.stat(ref.key)
+        assert entry is not None
+        assert entry.modified_s > store.clock_s() - 60
+
+
+def test_an_attempt_older_than_half_the_grace_does_not_commit(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="Run the same command again"):
+        publish(store, receipt_of(), scratch_files(tmp_path), started_s=store.clock_s() - GRACE_S / 2 - 1)
+    assert read_receipts(store) == {}
+
+
+def test_a_receipt_of_a_later_version_or_of_garbage_is_refused_in_words(store: Store) -> None:
+    store.put("receipts/00003.g0.json", b'{"format": 99}')
+    with pytest.raises(UnknownFormat, match=r"receipts/00003\.g0\.json has format 99"):
+        read_receipts(store)
+    store.put("receipts/00003.g0.json", b"half a rec", if_absent=False)
+    with pytest.raises(DamagedArtifact, match="00003"):
+        read_receipts(store)
+
+
+def test_damaged_and_missing_data_is_named(store: Store, tmp_path: Path) -> None:
+    receipt = publish(store, receipt_of(), scratch_files(tmp_path))
+    assert receipt is not None
+    store.put(receipt.files["tar"].key, b"torn", if_absent=False)
+    store.delete(receipt.files["parquet"].key)
+    with pytest.raises(DamagedArtifact, match="sha256"):
+        read_verified(store, receipt.files["tar"])
+    with pytest.raises(DamagedArtifact, match="no file"):
+        read_table(store, receipt)
