@@ -1,0 +1,318 @@
+"""The command line. One function a command, each a few lines that call one flow or op.
+
+torch, ray and prefect are imported inside the commands: `--help` answers in a blink. An ArmchairError becomes its
+text and its exit code: 0 done, 2 the user can fix it now, 3 storage, 4 training diverged, 5 not everything.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from infra.cluster import Cluster, quiet_environment
+
+if TYPE_CHECKING:
+    from pipelines.settings import Settings
+
+PREFECT = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # an empty home needs 15-22 s of migrations
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the command line prints errors itself, once
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "DO_NOT_TRACK": "1",
+}
+"""Set before prefect is imported; a value of the user's wins."""
+
+app = App(
+    name="armchair",
+    help="From a list of picture URLs and captions to a text-to-image model. "
+    "Start with `armchair demo`; build your own with `armchair build LIST --into RUN --preset demo`. "
+    "Every command can be run again: it does only what is missing.",
+    help_format="markdown",
+    result_action="return_value",
+)
+train = App(name="train", help="Train one of the two models on what an earlier stage made.")
+app.command(train)
+
+Into = Annotated[str, Parameter(help="Directory that this command makes or continues.")]
+Preset = Annotated[str | None, Parameter(help="A name in pipelines/presets/ (tiny, demo) or a TOML file.")]
+Sets = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", negative="", help="path=value, one setting; may be repeated. Over the preset."),
+]
+Json = Annotated[bool, Parameter(negative="", help="Print one JSON object and nothing else.")]
+Cpus = Annotated[int | None, Parameter(help="CPUs of a local Ray; default: all. Ignored with RAY_ADDRESS.")]
+UrlCol = Annotated[str, Parameter(help="Column of the lists that holds URLs.")]
+CaptionCol = Annotated[str, Parameter(help="Column of the lists that holds captions.")]
+Workers = Annotated[int, Parameter(help="Training processes.")]
+
+
+@app.command(sort_key=1)
+def demo(*, into: Into = "runs/demo", sets: Sets = (), seed: int = 0, cpus: Cpus = None, json: Json = False) -> int:
+    """The whole way on real pictures (OpenMoji), from a local web server that also misbehaves; minutes on two cores.
+
+    Ends with a table, `summary.json`, `report.html`, and a sheet of pictures drawn from prompts.
+    """
+    from pipelines.demo import run_demo
+
+    return run_demo(into, _settings("demo", sets), seed, _cluster(cpus), quiet=json)
+
+
+@app.command(sort_key=2)
+def build(
+    *lists: Annotated[str, Parameter(help="List files or folders of them: Parquet, CSV, TSV, JSON, JSONL, txt.")],
+    into: Into,
+    preset: Preset = None,
+    sets: Sets = (),
+    url_col: UrlCol = "url",
+    caption_col: CaptionCol = "caption",
+    cpus: Cpus = None,
+    workers: Workers = 1,
+    json: Json = False,
+) -> None:
+    """The whole way: ingest, train the tokenizer, tokenize, train the transformer, draw a sheet, write the report."""
+    from pipelines.stages import missing_stages, settings_of_run
+
+    settings = settings_of_run(into, _settings(preset, sets))
+    missing = missing_stages(lists, into, settings)
+    if not missing:
+        _say({"into": into, "done": True}, json, f"{into} is finished: nothing to do. Its report is {into}/report.html")
+        return
+    from pipelines.build import build as flow
+
+    _say(flow(list(lists), into, settings, _columns(url_col, caption_col), _cluster(cpus), workers), json)
+
+
+@app.command(sort_key=3)
+def ingest(
+    *lists: Annotated[str, Parameter(help="List files or folders of them: Parquet, CSV, TSV, JSON, JSONL, txt.")],
+    into: Into,
+    preset: Preset = None,
+    sets: Sets = (),
+    url_col: UrlCol = "url",
+    caption_col: CaptionCol = "caption",
+    accept_partial: Annotated[bool, Parameter(negative="", help="Commit shards of an outage at once.")] = False,
+    cpus: Cpus = None,
+    json: Json = False,
+) -> None:
+    """Plan, fetch, filter and commit pairs. Run again: does only what is missing. New lists extend what is there."""
+    from pipelines.ingest import ingest as flow
+
+    s = _settings(preset, sets)
+    columns = _columns(url_col, caption_col)
+    told = flow(
+        list(lists), into, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, _cluster(cpus), accept_partial
+    )
+    _say(told, json)
+
+
+@app.command(sort_key=4)
+def status(pairs: str, *, json: Json = False) -> None:
+    """Shards planned, committed, deferred, failed; pairs kept and rejected by reason; runs alive."""
+    from infra.store import open_store
+    from ops.status import as_text
+    from ops.status import status as count
+
+    told = count(open_store(pairs))
+    _say(told, json, as_text(told))
+
+
+@app.command(sort_key=5)
+def rerun(
+    pairs: str,
+    *,
+    only: Annotated[Literal["transient"] | None, Parameter(help="Rows to ask again (the default).")] = None,
+    shards: Annotated[str | None, Parameter(help="Shards, such as 3,7-9: all their rejected rows.")] = None,
+    preset: Preset = None,
+    sets: Sets = (),
+    cpus: Cpus = None,
+    json: Json = False,
+) -> None:
+    """Ask again for the rows of committed shards whose reason can have changed; each shard gets a new generation."""
+    from pipelines.ingest import rerun as flow
+
+    s = _settings(preset, sets)
+    _say(flow(pairs, only, shards, s.fetch, s.outage, _cluster(cpus)), json)
+
+
+@app.command(sort_key=6)
+def verify(
+    directory: str,
+    *,
+    deep: Annotated[bool, Parameter(negative="", help="Read every byte, not only sizes and counts.")] = False,
+    json: Json = False,
+) -> int:
+    """Prove that every pair is accounted for once, and with --deep every byte."""
+    from infra.store import open_store
+    from ops.verify import as_text
+    from ops.verify import verify as prove
+
+    told = prove(open_store(directory), deep=deep)
+    _say(told.as_json(), json, as_text(told))
+    return 0 if told.ok else 3
+
+
+@app.command(sort_key=7)
+def sweep(
+    directory: str,
+    *,
+    grace_hours: Annotated[float, Parameter(help="Age below which nothing is touched.")] = 24.0,
+    superseded: Annotated[bool, Parameter(negative="", help="Also generations that a rerun replaced.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove what no receipt or instalment names and is older than the grace time."""
+    from infra.store import open_store
+    from ops.sweep import sweep as clean
+
+    removed = clean(open_store(directory), grace_s=3600 * grace_hours, superseded=superseded)
+    _say({"removed": removed}, json, f"removed {len(removed)} files")
+
+
+@train.command
+def tokenizer(
+    pairs: str,
+    *,
+    into: Into,
+    preset: Preset = None,
+    sets: Sets = (),
+    cpus: Cpus = None,
+    workers: Workers = 1,
+    json: Json = False,
+) -> None:
+    """Train the discrete VAE on pictures."""
+    from pipelines.train import train_tokenizer as flow
+
+    s = _settings(preset, sets)
+    _say(flow(pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), workers), json)
+
+
+@app.command(sort_key=8)
+def tokenize(
+    pairs: str,
+    *,
+    tokenizer: Annotated[str, Parameter(help="Directory of a trained tokenizer.")],
+    into: Into,
+    preset: Preset = None,
+    sets: Sets = (),
+    cpus: Cpus = None,
+    json: Json = False,
+) -> None:
+    """Turn the pictures of PAIRS into codes, one token shard for each pair shard."""
+    from pipelines.tokenize import tokenize as flow
+
+    _say(flow(pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus)), json)
+
+
+@train.command
+def transformer(
+    tokens: str,
+    *,
+    into: Into,
+    tokenizer: Annotated[str | None, Parameter(help="Directory of the tokenizer, to draw samples on the way.")] = None,
+    preset: Preset = None,
+    sets: Sets = (),
+    cpus: Cpus = None,
+    workers: Workers = 1,
+    json: Json = False,
+) -> None:
+    """Train the transformer on captions and codes."""
+    from pipelines.train import train_transformer as flow
+
+    s = _settings(preset, sets)
+    _say(flow(tokens, into, tokenizer, s.transformer, s.transformer_training, _cluster(cpus), workers), json)
+
+
+@app.command(sort_key=9)
+def generate(
+    model: str,
+    *prompts: str,
+    n: Annotated[int, Parameter(name=["-n", "--pictures"], help="Pictures a prompt.")] = 9,
+    seed: int = 0,
+    into: Annotated[str | None, Parameter(help="PNG file of the sheet; default: MODEL/../pictures/PROMPT.png.")] = None,
+    tokenizer: Annotated[str | None, Parameter(help="Directory of the tokenizer; default: MODEL/../tokenizer.")] = None,
+    preset: Preset = None,
+    sets: Sets = (),
+    json: Json = False,
+) -> None:
+    """Draw pictures from prompts, best first."""
+    from ops.generate import generate as draw
+
+    told = draw(model, prompts, n, seed, into, tokenizer, _sampling(model, preset, sets))
+    _say(told, json, "\n".join(f"{path}" for path in told["sheets"]))
+
+
+@app.command(sort_key=10)
+def report(run: str, *, json: Json = False) -> None:
+    """Write RUN/report.html: funnel, curves, reconstructions, samples. One file, no outside references."""
+    from ops.report import write_run_report
+
+    path = write_run_report(run)
+    _say({"report": path}, json, path)
+
+
+@app.command(sort_key=11)
+def settings(*, preset: Preset = None, sets: Sets = (), json: Json = False) -> None:
+    """Every setting: value, unit and meaning, and the layer that it came from."""
+    from pipelines.settings import rows
+
+    found = list(rows(preset, sets))
+    text = "\n".join(f"{row.path} = {row.value!r}   [{row.layer}]\n    {row.doc}" for row in found)
+    _say({row.path: {"value": row.value, "layer": row.layer, "doc": row.doc} for row in found}, json, text)
+
+
+def _settings(preset: str | None, sets: tuple[str, ...]) -> Settings:
+    from pipelines.settings import resolve
+
+    return resolve(preset, sets)
+
+
+def _sampling(model: str, preset: str | None, sets: tuple[str, ...]) -> Any:
+    from pipelines.stages import settings_beside
+
+    return _settings(preset or settings_beside(model), sets).sampling
+
+
+def _cluster(cpus: int | None) -> Cluster:
+    return Cluster() if cpus is None else Cluster(cpus=cpus)
+
+
+def _columns(url: str, caption: str) -> Any:
+    from ops.plan import Columns
+
+    return Columns(url=url, caption=caption)
+
+
+def _say(told: Any, as_json: bool, text: str | None = None) -> None:
+    if as_json:
+        print(json_module.dumps(told, default=str))
+    elif text is not None:
+        print(text)
+
+
+def main() -> None:
+    """The entry point `armchair`."""
+    quiet_environment()
+    for name, value in PREFECT.items():
+        os.environ.setdefault(name, value)
+    from ops.errors import ArmchairError
+
+    try:
+        code = app()
+    except ArmchairError as error:
+        print(f"armchair: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except FileNotFoundError as error:
+        print(f"armchair: {error.filename or error} does not exist. Check the path.", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"armchair: storage: {error}. Check the path, its rights and the space left.", file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt:
+        print("armchair: stopped. Run the same command again to go on from here.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
