@@ -1,0 +1,106 @@
+"""Waves: how a sharded stage shows in Prefect and on the terminal.
+
+A wave is a record of the next shards that ended, not a barrier: the window of Ray tasks in flight runs on across
+waves, so a straggler idles nobody. 25,000 shards are 50 task runs; receipts are the only truth about shards.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from ops.errors import Incomplete
+from ops.waves import ShardOutcome
+
+
+@dataclass
+class Tally:
+    """What became of the shards of one run of a stage."""
+
+    planned: int
+    states: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    rows: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    unfinished: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, outcome: ShardOutcome) -> None:
+        """Counts one shard that ended."""
+        self.states[outcome.state] += 1
+        self.rows += outcome.rows
+        self.kept += outcome.kept
+        self.rejected.update(outcome.rejected)
+        if outcome.state in ("deferred", "failed"):
+            self.unfinished.append({"shard": outcome.shard, "state": outcome.state, "error": outcome.error})
+
+    def as_json(self) -> dict[str, Any]:
+        """The counts of this run, for people and for `--json`."""
+        return {
+            "shards": {"planned": self.planned, **self.states},
+            "pairs": {"rows": self.rows, "kept": self.kept, "rejected": dict(self.rejected)},
+            "unfinished": self.unfinished,
+        }
+
+
+class Progress:
+    """One line to stderr, at most every `every_s` seconds: long work says how far it is and how long it will take."""
+
+    def __init__(self, stage: str, total: int, every_s: float = 5.0) -> None:
+        self.stage, self.total, self.every_s = stage, total, every_s
+        self.started_s = self.told_s = time.monotonic()
+
+    def tell(self, tally: Tally, *, last: bool = False) -> None:
+        """Prints if the last line is old enough, or if this is the last one."""
+        now = time.monotonic()
+        if not last and now - self.told_s < self.every_s:
+            return
+        self.told_s = now
+        done = sum(tally.states.values())
+        seconds = now - self.started_s
+        share = f"{100 * tally.kept / tally.rows:.0f} % kept" if tally.rows else ""
+        rate = f"{tally.rows / seconds:.0f} pairs/s" if seconds else ""
+        left = f"{seconds / done * (self.total - done):.0f} s left" if done and not last else f"{seconds:.0f} s"
+        told = "   ".join(part for part in (f"{done}/{self.total} shards", share, rate, left) if part)
+        print(f"{self.stage:<12}{told}", file=sys.stderr, flush=True)
+
+
+def run_in_waves(stage: str, outcomes: Iterator[ShardOutcome], total: int, wave_size: int) -> Tally:
+    """Consumes the outcomes of `total` shards, one Prefect task for each `wave_size` of them."""
+    tally = Tally(total)
+    progress = Progress(stage, total)
+
+    def consume() -> dict[str, int]:
+        wave: Counter[str] = Counter()
+        for outcome in islice(outcomes, wave_size):
+            tally.add(outcome)
+            wave[outcome.state] += 1
+            progress.tell(tally)
+        return dict(wave)
+
+    for first in range(0, total, wave_size):
+        name = f"wave-{first:05d}-{min(first + wave_size, total) - 1:05d}"
+        task(name="wave", task_run_name=name, persist_result=False, cache_policy=NO_CACHE)(consume)()
+    progress.tell(tally, last=True)
+    return tally
+
+
+def end_state(location: str, tally: Tally) -> State[Any]:
+    """The flow's final state: Completed, CompletedWithFailures (deferred or failed shards remain), or Failed (all)."""
+    told = tally.as_json()
+    left = len(tally.unfinished)
+    if not left:
+        return Completed(data=told)
+    why = ", ".join(f"{n} {state}" for state, n in tally.states.items() if state in ("deferred", "failed"))
+    error = Incomplete(location, left, why)
+    if left == tally.planned:
+        return Failed(message=str(error), data=error)
+    return Completed(name="CompletedWithFailures", message=str(error), data=told)
