@@ -1,0 +1,99 @@
+"""The driver: a bounded window, one outcome a shard, and deaths that are recorded and not hidden."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from infra.store import open_store
+from ops.attempts import Attempt, list_attempts, read_attempt
+from ops.errors import DamagedArtifact
+from ops.waves import ShardOutcome, drive, on_ray
+
+pytestmark = pytest.mark.cluster
+
+
+@dataclass(frozen=True)
+class Chore:
+    """A shard's work that dies as often as it is told to: each death leaves a file."""
+
+    shard: int
+    folder: str
+    deaths: int = 0
+    damage: bool = False
+    generation: int = 0
+    run: str = "r"
+
+
+def do_chore(chore: Chore) -> ShardOutcome:
+    if chore.damage:
+        raise DamagedArtifact("plan/00001.parquet", "ab", "cd")
+    with Attempt(open_store(chore.folder), "pairs", chore.shard, 0, chore.run) as attempt:
+        for death in range(chore.deaths):
+            mark = Path(chore.folder, f"died-{chore.shard}-{death}")
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        attempt.end("committed")
+    return ShardOutcome(chore.shard, 0, "committed", rows=1)
+
+
+def test_a_dead_worker_is_recorded_and_its_shard_given_to_another(tmp_path: Path, ray_cluster: None) -> None:
+    store = open_store(str(tmp_path))
+    chores = [Chore(0, str(tmp_path)), Chore(1, str(tmp_path), deaths=2), Chore(2, str(tmp_path), deaths=3)]
+    outcomes = {outcome.shard: outcome for outcome in drive(chores, on_ray(do_chore, "chore"), store, "pairs", 2)}
+    assert [(outcomes[i].state, outcomes[i].deaths) for i in range(3)] == [
+        ("committed", 0),
+        ("committed", 2),
+        ("failed", 3),
+    ]
+    assert outcomes[2].error == "WorkerCrashedError"
+    records = [read_attempt(store, name) for name in list_attempts(store)]
+    states = [(record["shard"], record["state"]) for record in records]
+    assert sorted(states) == [
+        (0, "committed"),
+        *[(1, "committed"), (1, "died"), (1, "died")],
+        *[(2, "died")] * 3,
+    ]
+    assert all(record["pid"] != os.getpid() for record in records), "each death is told in its worker's own record"
+
+
+def test_a_shard_that_raises_is_an_outcome_and_the_others_go_on(tmp_path: Path, ray_cluster: None) -> None:
+    chores = [Chore(i, str(tmp_path), damage=i == 1) for i in range(4)]
+    outcomes = list(drive(chores, on_ray(do_chore, "chore"), open_store(str(tmp_path)), "pairs"))
+    assert sorted((outcome.shard, outcome.state) for outcome in outcomes) == [
+        (0, "committed"),
+        (1, "failed"),
+        (2, "committed"),
+        (3, "committed"),
+    ]
+    failed = next(outcome for outcome in outcomes if outcome.state == "failed")
+    assert (failed.error, failed.text) == ("DamagedArtifact", str(DamagedArtifact("plan/00001.parquet", "ab", "cd")))
+
+
+def sleep_chore(chore: Chore) -> ShardOutcome:
+    time.sleep(0.01)
+    return ShardOutcome(chore.shard, 0, "committed")
+
+
+def test_the_window_bounds_what_is_in_flight(tmp_path: Path, ray_cluster: None) -> None:
+    """A plan of 25,000 shards must not become 25,000 references, nor be read ahead."""
+    taken = 0
+
+    def plan() -> Iterator[Chore]:
+        nonlocal taken
+        for i in range(30):
+            taken += 1
+            yield Chore(i, str(tmp_path))
+
+    done = 0
+    for _ in drive(plan(), on_ray(sleep_chore, "chore"), open_store(str(tmp_path)), "pairs", window=4):
+        done += 1
+        assert taken - done <= 4
+    assert done == taken == 30
