@@ -1,0 +1,674 @@
+"""From a URL to bytes: one request with its redirects, limits and manners. Threads, http.client, one SSLContext.
+
+Lives here: URL and address checks, DNS cache, deadlines, byte limits, retries. Not here: what the bytes are
+(ops/pictures.py), whether we want them (ops/filters.py), which rows to ask for and in how many threads (ops/ingest.py).
+
+What the web may try, and what stops it:
+
+    an address inside our network, also        every address of a name is checked, at every redirect, and the
+    by a redirect or a second DNS answer       connection goes to a checked address, never to the name again
+    a byte of the headers now and then         a per-operation timeout never fires: the reaper shuts the socket
+    a body without end, a gzip bomb            `max_bytes`, counted on what comes out of the inflater
+    many large bodies at once                  `bytes_in_flight`, reserved before the body is read
+    a Content-Length that lies                 `truncated`
+
+Proxies of the environment (http_proxy) are not used: a proxy resolves names itself, past the address check.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass as plain_dataclass
+from email.utils import parsedate_to_datetime
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from types import TracebackType
+from typing import Annotated
+from urllib.parse import quote, urljoin, urlsplit
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from ops.reasons import Reason, Rejected, is_transient
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class FetchSettings:
+    """How to ask for pictures. None of it bears identity: it decides when a picture comes, not what it is."""
+
+    deadline_s: Annotated[float, Field(gt=0)] = 20.0
+    """Seconds for one row, all in: name, connection, redirects, answer, waits and retries."""
+    connect_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds to open a connection, within the deadline."""
+    connections_per_host: Annotated[int, Field(ge=1)] = 4
+    """Requests to one host at the same time, in one worker: N workers may make N times as many."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often a transient failure is tried again within the deadline."""
+    backoff_s: Annotated[float, Field(ge=0)] = 0.5
+    """Seconds before the first retry, doubled for each further one; a longer Retry-After wins."""
+    max_bytes: Annotated[int, Field(ge=1)] = 32 << 20
+    """Bytes of one picture, after any gzip."""
+    bytes_in_flight: Annotated[int, Field(ge=1)] = 256 << 20
+    """Bytes of fetched pictures that may wait in one worker for their decoding."""
+    threads: Annotated[int, Field(ge=1)] = 64
+    """Threads that fetch in one worker; 64 to 128 keep a core busy."""
+    max_redirects: Annotated[int, Field(ge=0)] = 5
+    """Redirects that are followed; each target is checked like the first URL."""
+    allow_private: tuple[str, ...] = ()
+    """Networks that may be asked though they are not public, such as "127.0.0.0/8" for tests and the demo."""
+    contact: str = ""
+    """Where a webmaster reaches you (URL or mail); stands in the User-Agent of every request."""
+
+
+Resolver = Callable[[str], Sequence[str]]
+"""Name -> addresses as text; raises socket.gaierror."""
+
+NAME_TTL_S = 300.0
+"""How long an answer of the resolver is believed, also that a name does not exist (getaddrinfo hides the real TTL)."""
+READ_SIZE = 65536
+
+
+class Fetched:
+    """The body of an answer. Its bytes count against `bytes_in_flight` until `release()`."""
+
+    def __init__(
+        self, data: bytes, final_url: str, http_status: int, content_type: str, release: Callable[[], None]
+    ) -> None:
+        self.data = data
+        self.final_url = final_url
+        self.http_status = http_status
+        self.content_type = content_type
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Gives the bytes back to the budget; a second call does nothing.
+
+        Release in order of completion: a consumer that waits for row 5 while it holds the bytes of rows 6 to 100
+        starves row 5 into `timeout`.
+        """
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
+@plain_dataclass(frozen=True)
+class Target:
+    """A URL in the form that goes on the wire: all ASCII, host lower-cased, no fragment, `path` with its query."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def url(self) -> str:
+        """The URL again; a default port is left out."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == _PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.path}"
+
+
+_PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+
+def normal_url(url: str) -> Target | Rejected:
+    """What a browser would ask for: spaces stripped, non-ASCII percent-encoded, IDNA host, no fragment.
+
+    >>> normal_url(" HTTP://Bücher.example:80/ä b.jpg?q=é#top ").url
+    'http://xn--bcher-kva.example/%C3%A4%20b.jpg?q=%C3%A9'
+    >>> normal_url("file:///etc/passwd").reason
+    <Reason.URL_SCHEME: 'url_scheme'>
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port
+        scheme = parts.scheme.lower()
+        if scheme and scheme not in _PORTS:
+            return Rejected(Reason.URL_SCHEME, "neither http nor https")
+        if not scheme or not host or port == 0:
+            return Rejected(Reason.URL_INVALID, "no scheme or no host")
+        if "@" in parts.netloc:
+            return Rejected(Reason.URL_INVALID, "a user name in the URL")
+        if ":" in host:
+            host = str(ipaddress.IPv6Address(host))
+        else:
+            host = host.encode("idna").decode("ascii").lower().rstrip(".")
+            if not _HOST.fullmatch(host):
+                return Rejected(Reason.URL_INVALID, "a host that no name can have")
+        path = quote(parts.path or "/", safe="%/:=&?~#+!$,;'@()*[]|")
+        if parts.query:
+            path += "?" + quote(parts.query, safe="%/:=&?~#+!$,;'@()*[]|")
+    except ValueError:  # urlsplit, port, IPv6Address, and UnicodeError of idna and quote
+        return Rejected(Reason.URL_INVALID, "not a URL")
+    return Target(scheme, host, port or _PORTS[scheme], path)
+
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_RELAY_6TO4 = ipaddress.IPv4Network("192.88.99.0/24")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the public internet, looking through v6 forms that carry a v4 address.
+
+    `ipaddress.is_global` alone says True for multicast, and for 127.0.0.1 in NAT64 and 6to4 clothes.
+
+    >>> [is_public(a) for a in ("93.184.216.34", "10.0.0.1", "224.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::")]
+    [True, False, False, False, False]
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        carried = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in _NAT64:
+            carried.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        inner = [v4 for v4 in carried if v4 is not None]
+        if inner:
+            return all(is_public(str(v4)) for v4 in inner)
+    elif ip in _RELAY_6TO4:
+        return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class Fetcher:
+    """Fetches URLs, from any number of threads. A context manager: at its end open requests end as `timeout`.
+
+    `ssl_context` replaces the system's trusted authorities, `resolver` the system's resolver.
+    """
+
+    def __init__(
+        self, settings: FetchSettings, *, ssl_context: ssl.SSLContext | None = None, resolver: Resolver | None = None
+    ) -> None:
+        self.settings = settings
+        contact = f" (+{settings.contact})" if settings.contact else ""
+        self._headers = {
+            "User-Agent": f"armchair/0.1{contact}",
+            "Accept": "image/*,*/*;q=0.5",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
+        self._ssl_context = ssl_context or _shared_ssl_context()
+        self._allowed = [ipaddress.ip_network(network) for network in settings.allow_private]
+        self._closing = threading.Event()
+        self._reaper = _Reaper()
+        self._names = _Names(resolver or _system_resolver)
+        self._budget = _Budget(settings.bytes_in_flight)
+        self._hosts = _Hosts(settings.connections_per_host)
+
+    def __enter__(self) -> Fetcher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Shuts what is open; requests that are under way return `timeout`."""
+        self._closing.set()
+        self._names.close()
+        self._reaper.close()
+
+    def fetch(self, url: str, *, not_after: float = math.inf) -> Fetched | Rejected:
+        """Asks for one URL: its body, or why there is none. What the web does raises nothing.
+
+        The deadline does not run while the row waits for a free connection of its host or for room in the byte
+        budget: these are our limits. `not_after` (time.monotonic() seconds) runs always; it is the shard's deadline.
+        """
+        target = normal_url(url)
+        if isinstance(target, Rejected):
+            return target
+        clock = _Clock(self.settings.deadline_s, not_after)
+        for attempt in range(self.settings.retries + 1):
+            try:
+                return self._follow(target, clock)
+            except _No as no:
+                wait_s = max(self.settings.backoff_s * 2**attempt, no.retry_after_s)
+                again = no.again and attempt < self.settings.retries and wait_s < clock.remaining()
+                if not again or self._closing.wait(wait_s):
+                    return no.rejected
+        raise AssertionError("unreachable: the last attempt returns")
+
+    def _follow(self, target: Target, clock: _Clock) -> Fetched:
+        """One attempt: the request and its redirects."""
+        for hop in range(self.settings.max_redirects + 1):
+            with self._host_slot(target.host, clock):
+                answer = self._request(target, clock, redirected=hop > 0)
+            if isinstance(answer, Fetched):
+                return answer
+            following = normal_url(urljoin(target.url, answer))
+            if isinstance(following, Rejected):
+                raise _No(Reason.REDIRECT_FORBIDDEN, "to what is no http or https URL")
+            target = following
+        raise _No(Reason.REDIRECT_LIMIT)
+
+    @contextmanager
+    def _host_slot(self, host: str, clock: _Clock) -> Iterator[None]:
+        with clock.paused():
+            slot = self._hosts.enter(host, clock.not_after, self._closing)
+        if not slot:
+            raise _No(Reason.TIMEOUT, "the shard's time was over")
+        try:
+            yield
+        finally:
+            self._hosts.leave(host)
+
+    def _request(self, target: Target, clock: _Clock, *, redirected: bool) -> Fetched | str:
+        """One GET: the body, or the Location of a redirect."""
+        addresses = self._checked_addresses(target.host, clock, redirected=redirected)
+        with self._reaper.watch(clock.at) as watch:
+            connection = _connection(target, self._ssl_context)
+            step = "connect"
+            try:
+                connection.sock = self._connect(addresses, target, clock, watch)
+                step = "head"
+                connection.request("GET", target.path, headers=self._headers)
+                response = connection.getresponse()
+                location = self._judge_status(response)
+                if location is not None:
+                    return location
+                step = "body"
+                return self._read_body(response, target, clock, watch)
+            except (OSError, HTTPException) as error:
+                # After the reaper's shut, http.client sees an orderly end or any error: the flag alone is the truth.
+                raise _no_for(error, step) if not watch.expired else _No(Reason.TIMEOUT, step) from error
+            finally:
+                watch.detach()
+                connection.close()
+
+    def _checked_addresses(self, host: str, clock: _Clock, *, redirected: bool) -> Sequence[str]:
+        try:
+            addresses = self._names.addresses(host, clock.remaining())
+        except (TimeoutError, CancelledError) as error:
+            raise _No(Reason.TIMEOUT, "name") from error
+        except socket.gaierror as error:
+            raise _No(Reason.DNS_NO_SUCH_HOST if _says_no_such_host(error) else Reason.DNS_FAILURE) from error
+        except (OSError, UnicodeError) as error:
+            raise _No(Reason.DNS_FAILURE) from error
+        if not addresses:
+            raise _No(Reason.DNS_NO_SUCH_HOST)
+        # One bad address spoils the name: who mixes public and private addresses wants us to take the private one.
+        if not all(self._may_connect(address) for address in addresses):
+            raise _No(Reason.REDIRECT_FORBIDDEN if redirected else Reason.ADDRESS_FORBIDDEN, "not a public address")
+        return addresses
+
+    def _may_connect(self, address: str) -> bool:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        return is_public(address) or any(ip in network for network in self._allowed)
+
+    def _connect(self, addresses: Sequence[str], target: Target, clock: _Clock, watch: _Watch) -> socket.socket:
+        """A connection to one of the checked addresses; TLS is spoken with the name of the host."""
+        until = min(clock.at, time.monotonic() + self.settings.connect_s)
+        tries = addresses[:3]
+        for i, address in enumerate(tries):
+            share_s = (until - time.monotonic()) / (len(tries) - i)
+            try:
+                sock = socket.create_connection((address, target.port), timeout=max(0.001, share_s))
+                break
+            except OSError:
+                if i == len(tries) - 1:
+                    raise
+        watch.attach(sock)
+        # The second line behind the reaper.
+        sock.settimeout(max(0.001, clock.remaining()) + 1)
+        if target.scheme == "https":
+            sock = self._ssl_context.wrap_socket(sock, server_hostname=target.host, do_handshake_on_connect=False)
+            watch.attach(sock)
+            sock.do_handshake()
+        return sock
+
+    def _judge_status(self, response: HTTPResponse) -> str | None:
+        """None for an answer with a picture's body, the Location of a redirect, or _No."""
+        status = response.status
+        location = response.getheader("Location")
+        if status in (301, 302, 303, 307, 308) and location:
+            # http.client decodes headers as Latin-1; servers write UTF-8.
+            return location.encode("latin-1").decode("utf-8", "replace")
+        if 200 <= status < 300:
+            if response.getheader("Content-Type", "").startswith(("video/", "audio/")):
+                raise _No(Reason.CONTENT_TYPE, "video or audio", status)
+            return None
+        reason = {408: Reason.HTTP_408, 425: Reason.HTTP_425, 429: Reason.HTTP_429}.get(status)
+        if reason is None:
+            reason = {4: Reason.HTTP_4XX, 5: Reason.HTTP_5XX}.get(status // 100, Reason.HTTP_STATUS)
+        raise _No(reason, "", status, retry_after_s=_seconds(response.getheader("Retry-After")))
+
+    def _read_body(self, response: HTTPResponse, target: Target, clock: _Clock, watch: _Watch) -> Fetched:
+        status, limit = response.status, self.settings.max_bytes
+        encoding = response.getheader("Content-Encoding", "").strip().lower()
+        if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise _No(Reason.CONTENT_TYPE, "a content encoding that nobody asked for", status)
+        inflater = zlib.decompressobj(wbits=47) if encoding not in ("", "identity") else None  # 47: gzip or zlib
+        declared = response.length  # None: chunked, or until the connection ends
+        if declared is not None and declared > limit:
+            raise _No(Reason.TOO_LARGE, "declared", status)
+        reserved = limit if inflater is not None or declared is None else declared
+        with watch.paused(clock):
+            if not self._budget.reserve(reserved, self.settings.deadline_s):
+                raise _No(Reason.TIMEOUT, "no room in the byte budget", status)
+        kept = 0
+        try:
+            parts, size, wire = [], 0, 0
+            while chunk := response.read1(READ_SIZE):
+                wire += len(chunk)
+                if inflater is not None:
+                    chunk = inflater.decompress(chunk, limit + 1 - size)
+                size += len(chunk)
+                if size > limit:
+                    raise _No(Reason.TOO_LARGE, "", status)
+                parts.append(chunk)
+            if watch.expired:
+                raise _No(Reason.TIMEOUT, "body", status)
+            if (declared is not None and wire < declared) or (inflater is not None and wire and not inflater.eof):
+                raise _No(Reason.TRUNCATED, "", status)
+            if not size:
+                raise _No(Reason.EMPTY, "", status)
+            kept = size
+        except zlib.error as error:
+            raise _No(Reason.DECODE, "gzip", status) from error
+        finally:
+            self._budget.release(reserved - kept)
+        content_type = response.getheader("Content-Type", "").partition(";")[0].strip().lower()[:100]
+        return Fetched(b"".join(parts), target.url, status, content_type, lambda: self._budget.release(size))
+
+
+class _No(Exception):
+    """Ends one attempt: the reason, whether another attempt may help, and how long the server wants us to wait."""
+
+    def __init__(
+        self,
+        reason: Reason,
+        detail: str = "",
+        status: int | None = None,
+        *,
+        again: bool = True,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        super().__init__(reason)
+        self.rejected = Rejected(reason, detail, status)
+        self.again = again and is_transient(reason)
+        self.retry_after_s = retry_after_s
+
+
+def _no_for(error: Exception, step: str) -> _No:
+    """The reason for an error of socket, ssl or http.client."""
+    match error:
+        case ssl.SSLCertVerificationError():
+            return _No(Reason.TLS, "certificate", again=False)
+        case ssl.SSLError():
+            return _No(Reason.TLS)
+        case TimeoutError() if step != "connect":
+            return _No(Reason.TIMEOUT, step)
+        case IncompleteRead():
+            return _No(Reason.TRUNCATED)
+        case OSError():  # RemoteDisconnected too, which is also an HTTPException
+            return _No(Reason.TRUNCATED) if step == "body" else _No(Reason.CONNECT)
+        case _:
+            return _No(Reason.HTTP_STATUS, "not an answer in HTTP")
+
+
+def _connection(target: Target, context: ssl.SSLContext) -> HTTPConnection:
+    """A connection without a socket: it knows the Host header and must not dial by itself."""
+    if target.scheme == "https":
+        connection: HTTPConnection = HTTPSConnection(target.host, target.port, context=context)
+    else:
+        connection = HTTPConnection(target.host, target.port)
+    connection.auto_open = 0
+    return connection
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Retry-After as seconds from now: a number or a date; 0 without one."""
+    if not retry_after:
+        return 0.0
+    with suppress(ValueError):
+        return max(0.0, float(retry_after))
+    with suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return 0.0
+
+
+_ssl_context: ssl.SSLContext | None = None
+_ssl_lock = threading.Lock()
+
+
+def _shared_ssl_context() -> ssl.SSLContext:
+    """One context a process: building one costs 30 ms of CPU, more than all else that is done for a picture."""
+    global _ssl_context
+    with _ssl_lock:
+        if _ssl_context is None:
+            _ssl_context = ssl.create_default_context()
+        return _ssl_context
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+class _Clock:
+    """The time of one row, in time.monotonic() seconds. `paused()` stops it while the row waits for us."""
+
+    def __init__(self, seconds: float, not_after: float) -> None:
+        self._at = time.monotonic() + seconds
+        self.not_after = not_after
+
+    @property
+    def at(self) -> float:
+        return min(self._at, self.not_after)
+
+    def remaining(self) -> float:
+        return self.at - time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._at += time.monotonic() - start
+
+
+class _Watch:
+    """What the reaper knows of one request: when it is over, and the socket to shut then."""
+
+    def __init__(self, reaper: _Reaper, at: float) -> None:
+        self.at = at
+        self.expired = False
+        self._reaper = reaper
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def attach(self, sock: socket.socket) -> None:
+        """Puts a socket under the reaper's eye; TimeoutError if time was over meanwhile."""
+        with self._lock:
+            self._socket = sock
+            if self.expired:
+                raise TimeoutError
+
+    def detach(self) -> None:
+        """Before the socket is closed: its number may be another connection's in the next moment."""
+        with self._lock:
+            self._socket = None
+
+    def expire(self) -> None:
+        with self._lock:
+            self.expired = True
+            if self._socket is not None:
+                with suppress(OSError):  # closed by the peer in the same moment
+                    # Not SSLSocket.shutdown, which takes the TLS state away under the reading thread.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    @contextmanager
+    def paused(self, clock: _Clock) -> Iterator[None]:
+        self._reaper.move(self, clock.not_after)
+        try:
+            with clock.paused():
+                yield
+        finally:
+            self._reaper.move(self, clock.at)
+
+
+class _Reaper:
+    """One thread that shuts the sockets whose time is over: the only cure for headers that drip."""
+
+    def __init__(self) -> None:
+        self._watches: set[_Watch] = set()
+        self._changed = threading.Condition()
+        self._next = math.inf
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="fetch-reaper", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def watch(self, at: float) -> Iterator[_Watch]:
+        watch = _Watch(self, at)
+        with self._changed:
+            if self._closed:
+                watch.expire()
+            self._watches.add(watch)
+            self._wake_for(at)
+        try:
+            yield watch
+        finally:
+            with self._changed:
+                self._watches.discard(watch)
+
+    def move(self, watch: _Watch, at: float) -> None:
+        with self._changed:
+            watch.at = at
+            self._wake_for(at)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            for watch in self._watches:
+                watch.expire()
+            self._changed.notify()
+        self._thread.join()
+
+    def _wake_for(self, at: float) -> None:
+        if at < self._next:
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                for watch in self._watches:
+                    if watch.at <= now and not watch.expired:
+                        watch.expire()
+                self._next = min((watch.at for watch in self._watches if not watch.expired), default=math.inf)
+                self._changed.wait(None if self._next == math.inf else max(0.0, self._next - now))
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+class _Budget:
+    """Bytes that may be in memory at once. A reservation is made whole, before the first byte: two half-read bodies
+    that wait for each other's room would wait for ever."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._free = total
+        self._changed = threading.Condition()
+
+    def reserve(self, n: int, timeout_s: float) -> bool:
+        """Waits for room; a body larger than the whole budget gets it when it is alone."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free >= min(n, self._total), timeout_s):
+                return False
+            self._free -= n
+            return True
+
+    def release(self, n: int) -> None:
+        with self._changed:
+            self._free += n
+            self._changed.notify_all()
+
+
+class _Hosts:
+    """At most N requests to a host at the same time; a host that nobody asks for takes no memory."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._slots: dict[str, tuple[threading.Semaphore, int]] = {}
+
+    def enter(self, host: str, not_after: float, closing: threading.Event) -> bool:
+        with self._lock:
+            semaphore, users = self._slots.get(host, (None, 0))
+            semaphore = semaphore or threading.Semaphore(self._limit)
+            self._slots[host] = (semaphore, users + 1)
+        while not closing.is_set() and (left := not_after - time.monotonic()) > 0:
+            if semaphore.acquire(timeout=min(0.5, left)):
+                return True
+        self._forget(host)
+        return False
+
+    def leave(self, host: str) -> None:
+        self._slots[host][0].release()
+        self._forget(host)
+
+    def _forget(self, host: str) -> None:
+        with self._lock:
+            semaphore, users = self._slots[host]
+            if users == 1:
+                del self._slots[host]
+            else:
+                self._slots[host] = (semaphore, users - 1)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+class _Name:
+    def __init__(self) -> None:
+        self.future: Future[Sequence[str]]
+        self.expires = math.inf
+
+
+class _Names:
+    """A cache over the resolver: many threads that want one name ask once. Its own small pool, since getaddrinfo
+    can't be interrupted; DNS is the first limit of large runs."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+        self._lock = threading.Lock()
+        self._names: dict[str, _Name] = {}
+        self._pool = ThreadPoolExecutor(16, thread_name_prefix="fetch-names")
+        self._closed = False
+
+    def addresses(self, host: str, timeout_s: float) -> Sequence[str]:
+        """Raises socket.gaierror, TimeoutError (of this wait: the question goes on), CancelledError after close()."""
+        with suppress(ValueError):
+            return [str(ipaddress.ip_address(host))]
+        with self._lock:
+            if self._closed:
+                raise CancelledError
+            name = self._names.get(host)
+            if name is None or name.expires <= time.monotonic():
+                name = self._names[host] = _Name()
+                name.future = self._pool.submit(self._resolver, host)
+                name.future.add_done_callback(lambda future: self._keep(host, name, future))
+        return name.future.result(max(0.0, timeout_s))
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _keep(self, host: str, name: _Name, future: Future[Sequence[str]]) -> None:
+        error = None if future.cancelled() else future.exception()
+        believed = error is None or _says_no_such_host(error)
+        name.expires = time.monotonic() + (NAME_TTL_S if believed else 0.0)
+
+
+def _says_no_such_host(error: BaseException) -> bool:
+    """A name without addresses, told apart from a resolver that fails."""
+    no_name = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+    return isinstance(error, socket.gaierror) and error.errno in no_name
+
+
+def _system_resolver(host: str) -> Sequence[str]:
+    return [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
