@@ -6,8 +6,10 @@ May not live here: what the bytes mean (ops/shards.py, ops/plan.py). Failures ar
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +71,7 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
-        if not key or ".." in parts or "" in parts:
+        if {"", ".", ".."} & set(parts):
             raise ValueError(f"not a key of a store: {key!r}")
         return self.root.joinpath(*parts)
 
@@ -84,8 +86,9 @@ class LocalStore:
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
         path = self._path(key)
         if if_absent and path.exists():
+            _fsync_directory(path.parent)  # its writer may have been killed between the link and this
             return False
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(path.parent)
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{path.name}")
         try:
             with temporary.open("wb") as file:
@@ -100,27 +103,36 @@ class LocalStore:
             if if_absent:
                 try:
                     os.link(temporary, path)  # atomic, and refuses a second writer: os.replace would not
+                    is_ours = True
                 except FileExistsError:
-                    return False
+                    is_ours = False
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                        raise
+                    what = "this filesystem has no hard links, so two writers could not be kept apart; use another"
+                    raise OSError(error.errno, what, str(path)) from error
             else:
                 temporary.replace(path)
+                is_ours = True
             _fsync_directory(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-        return True
+        return is_ours
 
     def stat(self, key: str) -> Entry | None:
         try:
             found = self._path(key).stat()
         except FileNotFoundError:
             return None
+        if not stat.S_ISREG(found.st_mode):
+            return None  # a directory is no object: a bucket has none
         return Entry(key, found.st_size, found.st_mtime)
 
     def list(self, prefix: str = "", *, temporary: bool = False) -> Iterator[Entry]:
         # Walk only the directory that the prefix names: a listing of receipts must not walk the data.
         directory = self.root.joinpath(*prefix.split("/")[:-1])
         found = []
-        for folder, _, names in os.walk(directory):
+        for folder, _, names in os.walk(directory, onerror=_raise_unless_gone):
             for name in names:
                 if name.startswith(TEMPORARY) is not temporary:
                     continue
@@ -145,6 +157,20 @@ class LocalStore:
         from pyarrow.fs import LocalFileSystem
 
         return LocalFileSystem(), str(self.root)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error  # os.walk would pass over a directory that can't be read: receipts would seem to be missing
+
+
+def _make_directory(directory: Path) -> None:
+    """mkdir -p that a power cut can't undo: each new name is synced in the directory above it."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _fsync_directory(directory.parent)
 
 
 def _fsync_directory(directory: Path) -> None:
