@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.store import Store
-from ops.errors import RecipeChanged, UnknownFormat
+from ops.errors import DamagedArtifact, RecipeChanged, UnknownFormat
 
 FORMAT = 1
 RECIPE = "recipe.json"
@@ -41,10 +41,20 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json(store: Store, key: str, known_format: int = FORMAT) -> dict[str, Any]:
-    """A JSON object of ours. Raises FileNotFoundError, or UnknownFormat for one of a later version."""
-    found: dict[str, Any] = json.loads(store.read(key))
+    """A JSON object of ours. Raises FileNotFoundError, DamagedArtifact, or UnknownFormat for one of a later version."""
+    return parse_json(store.read(key), f"{store.location}/{key}", known_format)
+
+
+def parse_json(data: bytes, place: str, known_format: int = FORMAT) -> dict[str, Any]:
+    """The JSON object of ours in `data`, which was read from `place`. Raises DamagedArtifact or UnknownFormat."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DamagedArtifact(place, "a JSON object", f"{len(data)} bytes that are none")
     if found.get("format") != known_format:
-        raise UnknownFormat(f"{store.location}/{key}", found.get("format"), known_format)
+        raise UnknownFormat(place, found.get("format"), known_format)
     return found
 
 
@@ -76,7 +86,7 @@ def start_stage(store: Store, stage: str, identity: dict[str, Any], inputs: dict
         "inputs": inputs,
         "versions": versions(),
     }
-    if store.put(RECIPE, json.dumps(recipe, indent=1, sort_keys=True).encode()):
+    if store.put(RECIPE, json.dumps(recipe, indent=1, sort_keys=True, allow_nan=False).encode()):
         return
     there = read_json(store, RECIPE)
     was = _flat({"stage": there["stage"], **there["identity"], **there["inputs"]})
