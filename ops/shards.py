@@ -9,11 +9,18 @@ no times, no host names, no order of arrival. May not live here: what a row mean
 
 from __future__ import annotations
 
-import io
+import contextlib
+import fcntl
+import hashlib
+import os
 import re
+import shutil
 import tarfile
-from collections.abc import Iterable, Mapping
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +36,7 @@ FORMAT = 1
 GRACE_S = 24 * 3600.0
 """Sweep leaves alone what is younger (INGEST.md §6); an attempt older than half of it must not commit any more."""
 
+_SCRATCH = "armchair-shard-"
 _RECEIPT = re.compile(r"receipts/(\d{5,})\.g(\d+)\.json")
 
 
@@ -108,12 +116,18 @@ def receipt_key(shard: int, generation: int) -> str:
 
 def committed_generations(store: Store) -> dict[int, int]:
     """Shard -> its highest committed generation, from the names of one listing alone."""
-    newest: dict[int, int] = {}
-    for entry in store.list("receipts/"):
-        if match := _RECEIPT.fullmatch(entry.key):
-            shard, generation = int(match[1]), int(match[2])
-            newest[shard] = max(newest.get(shard, 0), generation)
-    return newest
+    return dict(_listed(store))  # in the order of generations: the last one stays
+
+
+def _listed(store: Store) -> list[tuple[int, int]]:
+    """(shard, generation) of all receipts, sorted."""
+    matches = (_RECEIPT.fullmatch(entry.key) for entry in store.list("receipts/"))
+    return sorted((int(match[1]), int(match[2])) for match in matches if match)
+
+
+def list_receipts(store: Store) -> list[Receipt]:
+    """The receipts of all generations, sorted by shard and generation."""
+    return _read_all(store, _listed(store))
 
 
 def read_receipt(store: Store, shard: int, generation: int) -> Receipt:
@@ -124,10 +138,12 @@ def read_receipt(store: Store, shard: int, generation: int) -> Receipt:
 
 def read_receipts(store: Store) -> dict[int, Receipt]:
     """Shard -> its receipt of the highest generation, in the order of shards. One listing, then one read a shard."""
-    newest = sorted(committed_generations(store).items())
+    return {receipt.shard: receipt for receipt in _read_all(store, sorted(committed_generations(store).items()))}
+
+
+def _read_all(store: Store, places: list[tuple[int, int]]) -> list[Receipt]:
     with ThreadPoolExecutor(16) as pool:  # a bucket answers one read in tens of milliseconds, and there are thousands
-        receipts = pool.map(lambda at: read_receipt(store, *at), newest)
-        return {receipt.shard: receipt for receipt in receipts}
+        return list(pool.map(lambda at: read_receipt(store, *at), places))
 
 
 def publish(
@@ -229,11 +245,44 @@ def read_verified(store: Store, ref: FileRef) -> bytes:
     return data
 
 
-def tar_members(data: bytes) -> Iterable[tuple[str, int, bytes]]:
-    """(name, offset, bytes) of a tar in memory, in its order."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+def download(store: Store, ref: FileRef, path: Path) -> None:
+    """Copies a data file to scratch in pieces, checked against its receipt. Raises DamagedArtifact."""
+    place = f"{store.location}/{ref.key}"
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for start in range(0, ref.bytes, 8 << 20):
+            try:
+                piece = store.read_range(ref.key, start, 8 << 20)
+            except FileNotFoundError:
+                raise DamagedArtifact(place, f"{ref.bytes} bytes", "no file") from None
+            digest.update(piece)
+            file.write(piece)
+    if digest.hexdigest() != ref.sha256:
+        raise DamagedArtifact(place, f"sha256 {ref.sha256}", f"sha256 {digest.hexdigest()}")
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A directory for the files of one attempt, below TMPDIR; those of attempts that were killed are removed first.
+
+    A living attempt holds a lock in its directory, and the kernel drops the lock of a killed process: no process id is
+    trusted, which another container could use as well.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/lock"):
+        with contextlib.suppress(OSError), left.open("rb") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held: BlockingIOError
+            if time.time() - os.fstat(other.fileno()).st_mtime > 60:  # younger: perhaps made and not locked yet
+                shutil.rmtree(left.parent)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as name, Path(name, "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(name)
+
+
+def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of the members of a local tar, in its order. Raises tarfile.TarError for what is no tar."""
+    with tarfile.open(path, mode="r:") as tar:
         for member in tar:
-            yield member.name, member.offset_data, data[member.offset_data : member.offset_data + member.size]
+            yield member.name, member.offset_data, member.size
 
 
 def sidecar_schema() -> pa.Schema:
@@ -266,7 +315,7 @@ def sidecar_schema() -> pa.Schema:
             ("language", pa.string()),
             ("language_probability", pa.float32()),
             ("split", pa.string()),
-            ("weight", pa.float32()),
+            ("weight", pa.float64()),
             ("tar_offset", pa.int64()),
             ("jpg_size", pa.int64()),
         ]

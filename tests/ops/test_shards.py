@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,10 +17,12 @@ from ops.errors import DamagedArtifact, StorageError, UnknownFormat
 from ops.shards import (
     GRACE_S,
     Receipt,
+    download,
     publish,
     read_receipts,
     read_table,
     read_verified,
+    scratch_directory,
     tar_members,
     write_table,
     write_tar,
@@ -50,7 +54,7 @@ def test_a_tar_opens_in_tarfile_and_its_offsets_give_random_access(tmp_path: Pat
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
     assert read == MEMBERS
     assert [data[offsets[name] : offsets[name] + len(body)] for name, body in MEMBERS] == [b for _, b in MEMBERS]
-    assert [(name, body) for name, _, body in tar_members(data)] == MEMBERS
+    assert [(name, data[at : at + size]) for name, at, size in tar_members(tmp_path / "t.tar")] == MEMBERS
 
 
 def test_a_table_gives_the_same_bytes_however_its_chunks_lie(tmp_path: Path) -> None:
@@ -70,6 +74,8 @@ def test_a_published_shard_is_found_through_its_receipt_alone(store: Store, tmp_
     assert Receipt.from_json(store.read("receipts/00007.g0.json")).digest == published.digest
     assert read_table(store, published)["uid"].to_pylist() == ["a", "b"]
     assert read_verified(store, published.files["tar"]) == (tmp_path / "t.tar").read_bytes()
+    download(store, published.files["tar"], tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "t.tar").read_bytes()
 
 
 def test_readers_take_the_highest_generation(store: Store, tmp_path: Path) -> None:
@@ -89,8 +95,6 @@ def test_equal_bytes_are_ours_and_other_bytes_lose_the_race(store: Store, tmp_pa
 
 def test_an_old_file_of_a_dead_attempt_is_made_young_by_the_commit(store: Store, tmp_path: Path) -> None:
     """Else a sweep that runs between the upload and the receipt could take it away."""
-    import os
-
     first = publish(store, receipt_of(), scratch_files(tmp_path))
     assert first is not None
     store.delete(first.key)
@@ -125,5 +129,25 @@ def test_damaged_and_missing_data_is_named(store: Store, tmp_path: Path) -> None
     store.delete(receipt.files["parquet"].key)
     with pytest.raises(DamagedArtifact, match="sha256"):
         read_verified(store, receipt.files["tar"])
+    with pytest.raises(DamagedArtifact, match="sha256"):
+        download(store, receipt.files["tar"], tmp_path / "copy")
+    with pytest.raises(DamagedArtifact, match="no file"):
+        download(store, receipt.files["parquet"], tmp_path / "copy")
     with pytest.raises(DamagedArtifact, match="no file"):
         read_table(store, receipt)
+
+
+def test_scratch_of_a_killed_attempt_is_removed_and_that_of_a_living_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = tmp_path / "armchair-shard-dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    os.utime(dead / "lock", (1, 1))
+    with scratch_directory() as living:
+        assert not dead.exists()
+        os.utime(living / "lock", (1, 1))
+        with scratch_directory():
+            assert living.exists()
+    assert not living.exists()
