@@ -87,8 +87,8 @@ class DamagedArtifact(StorageError):
     def __str__(self) -> str:
         path, expected, found = self.args
         return (
-            f"{path} is damaged: its receipt says {expected}, found {found}. Restore the file from a copy, "
-            "or delete the receipt that names it and run the stage again."
+            f"{path} is damaged: {expected} was recorded, found {found}. Restore the file from a copy; "
+            "if a receipt names it, deleting that receipt lets the stage make the shard again."
         )
 
 

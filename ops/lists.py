@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -134,25 +135,39 @@ def stamp(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def read_rows(list_path: ListPath, columns: Columns, scratch: Path) -> Iterator[Rows]:
+def read_rows(list_path: ListPath, columns: Columns, *, caption_required: bool, scratch: Path) -> Iterator[Rows]:
     """The rows of a list, in order, in batches. Raises BadList, with the line, at the first row that can't be read.
 
     `urls` and `captions` are the raw bytes (null is None); other columns keep their types (CSV and TSV: text).
-    CSV is RFC 4180; TSV has no quoting; JSON is an array of objects. `scratch` takes an unpacked .parquet.gz.
+    CSV is RFC 4180; TSV has no quoting; JSON is an array of objects; txt has one URL a line; empty lines are no rows.
+    A list without captions is refused if they are required. `scratch` takes an unpacked .parquet.gz.
     """
-    path, label = list_path.path, list_path.label
-    count = 0
-    names: set[str] = set()
+    path, label, kind = list_path.path, list_path.label, list_format(list_path.path)
+    names: dict[str, None] = {}
+    needed = [(columns.url, "--url-col"), *([(columns.caption, "--caption-col")] if caption_required else [])]
+
+    def check() -> None:
+        for name, option in needed:
+            if name not in names:
+                there = ", ".join(names)[:500]
+                what = f"has no column {name!r}, only: {there}. Name the right one with {option}"
+                if kind == "txt":
+                    what = "a .txt has URLs only, and captions are required (filters.caption_required)"
+                raise BadList(label, 1 if kind in ("csv", "tsv") else None, what)
+
     try:
         for table, places in _read(path, label, columns, scratch):
-            count += len(table)
-            names.update(table.column_names)
+            names.update(dict.fromkeys(table.column_names))
+            if kind not in ("json", "jsonl"):  # objects may leave out a name: only all of them together can lack it
+                check()
             yield _rows(table, places, columns, label)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise BadList(label, None, f"can't be read as {list_format(path)}: {_first_line(error)}") from error
-    if not count:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; those of gzip and pyarrow about the content have no number
+        raise BadList(label, None, f"can't be read as {path.name.lower()}: {_first_line(error)}") from error
+    if not names:
         raise BadList(label, None, "has no rows")
-    _check_columns(names, columns, label, None)
+    check()
 
 
 @dataclass(frozen=True)
@@ -180,7 +195,7 @@ def _read(path: Path, label: str, columns: Columns, scratch: Path) -> Iterator[_
             with gzip.open(path, "rb") as source, unpacked.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             path = unpacked
-        yield from _read_parquet(path, label, columns)
+        yield from _read_parquet(path, label)
         return
     with gzip.open(path, "rb") if packed else path.open("rb") as file:
         stream: IO[bytes] = file  # type: ignore[assignment]  # GzipFile is one in all but name
@@ -197,21 +212,20 @@ def _read(path: Path, label: str, columns: Columns, scratch: Path) -> Iterator[_
             yield from _objects(_read_json(stream, label), columns, label)
 
 
-def _read_parquet(path: Path, label: str, columns: Columns) -> Iterator[_Batch]:
+def _read_parquet(path: Path, label: str) -> Iterator[_Batch]:
     # A buffered stream: without it a whole column chunk is read at once, and some lists are one row group.
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         names = file.schema_arrow.names
-        _check_columns(names, columns, label, None)
         _check_unique(names, label, None)
         row = 1
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            if not len(batch):
+                continue
             yield pa.Table.from_batches([batch]), _Places(range(row, row + len(batch)), are_lines=False)
             row += len(batch)
 
 
 def _read_csv(stream: IO[bytes], label: str, columns: Columns) -> Iterator[_Batch]:
-    import io
-
     # surrogateescape keeps bytes that are not UTF-8: they are a pair's problem, not the list's.
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     reader = csv.reader(text, strict=True)
@@ -230,7 +244,7 @@ def _read_csv(stream: IO[bytes], label: str, columns: Columns) -> Iterator[_Batc
         if not row:
             continue  # an empty line
         if names is None:
-            names = _header([name.encode("utf-8", "surrogateescape") for name in row], label, columns)
+            names = _header([name.encode("utf-8", "surrogateescape") for name in row], label)
             continue
         if len(row) != len(names):
             raise BadList(label, line, f"has {len(row)} fields, the header has {len(names)}")
@@ -253,7 +267,7 @@ def _read_tsv(stream: IO[bytes], label: str, columns: Columns) -> Iterator[_Batc
     header = stream.readline(1 << 20)
     if not header.strip():
         return
-    names = _header(header.rstrip(b"\r\n").split(b"\t"), label, columns)
+    names = _header(header.rstrip(b"\r\n").split(b"\t"), label)
     rows: list[list[bytes]] = []
     lines: list[int] = []
     for line, data in enumerate(stream, 2):
@@ -289,7 +303,7 @@ def _read_txt(stream: IO[bytes], columns: Columns) -> Iterator[_Batch]:
 
 
 def _txt_table(urls: list[bytes], columns: Columns) -> pa.Table:
-    return pa.table({columns.url: pa.array(urls, pa.binary()), columns.caption: pa.nulls(len(urls), pa.binary())})
+    return pa.table({columns.url: pa.array(urls, pa.binary())})
 
 
 _Object = tuple[int, dict[str, Any]]
@@ -423,21 +437,13 @@ def _check_encoding(stream: IO[bytes], label: str) -> None:
     stream.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
 
 
-def _header(fields: list[bytes], label: str, columns: Columns) -> list[str]:
+def _header(fields: list[bytes], label: str) -> list[str]:
     try:
         names = [field.decode() for field in fields]
     except UnicodeDecodeError as error:
         raise BadList(label, 1, "the names of the columns are not UTF-8") from error
-    _check_columns(names, columns, label, 1)
     _check_unique(names, label, 1)
     return names
-
-
-def _check_columns(names: Sequence[str] | set[str], columns: Columns, label: str, line: int | None) -> None:
-    for name, option in ((columns.url, "--url-col"), (columns.caption, "--caption-col")):
-        if name not in names:
-            there = ", ".join(sorted(names)) if isinstance(names, set) else ", ".join(names)
-            raise BadList(label, line, f"has no column {name!r}, only: {there[:500]}. Name the right one with {option}")
 
 
 def _check_unique(names: Sequence[str], label: str, line: int | None) -> None:
@@ -450,19 +456,28 @@ def _text_table(names: Sequence[str], columns_of_bytes: Iterator[Sequence[bytes]
     arrays = {}
     for name, fields in zip(names, columns_of_bytes, strict=True):
         array = pa.array(fields, pa.binary())
-        arrays[name] = array if name in (columns.url, columns.caption) else text(array)
+        arrays[name] = array if name in (columns.url, columns.caption) else text(array)[0]
     return pa.table(arrays)
 
 
-def text(array: pa.Array) -> pa.Array:
-    """Bytes as text; what is not UTF-8 is written out as backslashes, so that nothing is lost."""
+def text(array: pa.Array) -> tuple[pa.Array, frozenset[int]]:
+    """Bytes as text, and the rows that are not UTF-8: these are written out with backslashes, nothing is lost.
+
+    >>> text(pa.array([b"caf\\xe9", None, b"tea"], pa.binary()))[1]
+    frozenset({0})
+    """
     try:
-        return array.cast(pa.string())
+        return array.cast(pa.string()), frozenset()
     except pa.ArrowInvalid:
-        values = (value.as_py() for value in array)
-        return pa.array(
-            [None if value is None else value.decode("utf-8", "backslashreplace") for value in values], pa.string()
-        )
+        texts: list[str | None] = []
+        broken = set()
+        for row, value in enumerate(array.to_pylist()):
+            try:
+                texts.append(None if value is None else value.decode())
+            except UnicodeDecodeError:
+                texts.append(value.decode("utf-8", "backslashreplace"))
+                broken.add(row)
+        return pa.array(texts, pa.string()), frozenset(broken)
 
 
 def _rows(table: pa.Table, places: _Places, columns: Columns, label: str) -> Rows:
@@ -477,7 +492,7 @@ def _rows(table: pa.Table, places: _Places, columns: Columns, label: str) -> Row
 
 
 def _raw(table: pa.Table, name: str, label: str) -> list[bytes | None]:
-    if name not in table.column_names:  # a batch of JSON objects that all lack it
+    if name not in table.column_names:
         return [None] * len(table)
     column = _plain(table[name])
     if pa.types.is_null(column.type):

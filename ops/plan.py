@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,14 +32,16 @@ from ops.errors import BadList, DamagedArtifact, StorageError
 from ops.lists import Columns as Columns
 from ops.lists import ListPath, Rows, find_lists, fingerprint, read_rows, stamp, text
 from ops.reasons import Reason
-from ops.recipes import file_sha256, read_json, sha256
+from ops.recipes import file_sha256, parse_json, sha256
 
 if TYPE_CHECKING:
     from ops.filters import FilterSettings
 
 PLAN = "plan/"
+INSTALMENT = re.compile(r"plan/part-\d+\.json")
 RUN_ROWS = 131_072
-"""Rows of one sorted run on scratch."""
+RUN_BYTES = 128 << 20
+"""A sorted run on scratch is written when it has that many rows, or bytes (columns of embeddings)."""
 BUCKET_BYTES = 16 << 20
 """Bytes of the lists (packed ones counted six-fold) for one bucket; a bucket of all runs is in memory at a time."""
 
@@ -120,24 +123,31 @@ def pair_uid(url: bytes | None, caption: bytes | None) -> bytes:
 
 def read_instalments(store: Store) -> list[Instalment]:
     """The plan, in order. Raises DamagedArtifact where an instalment is missing from the chain or was altered."""
-    entries = list(store.list(f"{PLAN}part-"))
     found: list[Instalment] = []
     previous: str | None = None
     shard = 0
-    for entry in sorted(entries, key=lambda entry: int(entry.key.removeprefix(f"{PLAN}part-").removesuffix(".json"))):
-        data = store.read(entry.key)
-        read = read_json(store, entry.key)
-        instalment = Instalment(
-            number=read["number"],
-            lists=tuple(ListFile(**item) for item in read["lists"]),
-            first_shard=read["first_shard"],
-            work_orders=tuple(WorkOrder(**item) for item in read["work_orders"]),
-            previous=read["previous"],
-        )
-        expected = (_instalment_key(len(found)), shard, previous)
-        there = (entry.key, instalment.first_shard, instalment.previous)
-        if expected != there:
-            raise DamagedArtifact(f"{store.location}/{entry.key}", expected, there)
+    parts = [entry.key for entry in store.list(f"{PLAN}part-") if INSTALMENT.fullmatch(entry.key)]
+    for key in sorted(parts, key=lambda key: (len(key), key)):
+        place, expected = f"{store.location}/{key}", _instalment_key(len(found))
+        if key != expected:
+            raise DamagedArtifact(f"{store.location}/{expected}", "an instalment", f"none, but {key}")
+        data = store.read(key)
+        read = parse_json(data, place)
+        try:
+            instalment = Instalment(
+                number=read["number"],
+                lists=tuple(ListFile(**item) for item in read["lists"]),
+                first_shard=read["first_shard"],
+                work_orders=tuple(WorkOrder(**item) for item in read["work_orders"]),
+                previous=read["previous"],
+            )
+        except (KeyError, TypeError) as error:
+            raise DamagedArtifact(place, "an instalment of format 1", f"another form ({error})") from error
+        if instalment.previous != previous:
+            before = f"{store.location}/{_instalment_key(len(found) - 1)}"
+            raise DamagedArtifact(before, f"sha256 {instalment.previous}", f"sha256 {previous}")
+        if instalment.first_shard != shard:
+            raise DamagedArtifact(place, f"first shard {shard}", f"first shard {instalment.first_shard}")
         found.append(instalment)
         shard += len(instalment.work_orders)
         previous = sha256(data)
@@ -210,7 +220,7 @@ def _plan(
     # In the order of digests: names and the order of the command line decide nothing.
     for digest, (path, bytes, mark) in sorted(todo.items()):
         count = 0
-        for rows in read_rows(path, columns, scratch):
+        for rows in read_rows(path, columns, caption_required=filters.caption_required, scratch=scratch):
             count += len(rows.urls)
             runs.add(_judged(rows, settings, filters), path.label)
         if stamp(path.path) != mark:
@@ -256,12 +266,11 @@ def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.T
 
     count = len(rows.urls)
     uids = b"".join(map(pair_uid, rows.urls, rows.captions))
-    urls, captions = pa.array(rows.urls, pa.binary()), pa.array(rows.captions, pa.binary())
-    url_texts, caption_texts = text(urls), text(captions)
+    urls, broken_urls = text(pa.array(rows.urls, pa.binary()))
+    captions, broken_captions = text(pa.array(rows.captions, pa.binary()))
     statuses: list[str | None] = [None] * count
     details: list[str | None] = [None] * count
-    broken_urls, broken_captions = _not_utf8(rows.urls, urls), _not_utf8(rows.captions, captions)
-    for row, caption in enumerate(caption_texts.to_pylist()):
+    for row, caption in enumerate(captions.to_pylist()):
         if not rows.urls[row]:
             statuses[row], details[row] = Reason.URL_INVALID, "no URL"
         elif row in broken_urls:
@@ -279,8 +288,8 @@ def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.T
     table = pa.table(
         {
             "uid": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), count, [None, pa.py_buffer(uids)]),
-            "url": url_texts,
-            "caption": caption_texts,
+            "url": urls,
+            "caption": captions,
             "split": pa.array(splits, pa.string()),
             "weight": pa.array(np.ones(count) if rows.weights is None else rows.weights, pa.float64()),
             "status": pa.array(statuses, pa.string()),
@@ -290,20 +299,6 @@ def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.T
     for name in rows.extra.column_names:
         table = table.append_column(name, rows.extra[name])
     return table.replace_schema_metadata(None)
-
-
-def _not_utf8(values: list[bytes | None], array: pa.Array) -> set[int]:
-    try:
-        array.cast(pa.string())
-        return set()
-    except pa.ArrowInvalid:
-        broken = set()
-        for row, value in enumerate(values):
-            try:
-                (value or b"").decode()
-            except UnicodeDecodeError:
-                broken.add(row)
-        return broken
 
 
 @dataclass
@@ -328,7 +323,7 @@ class _Runs:
                 raise BadList(label, None, what) from None
         self.schema = pa.unify_schemas([self.schema, table.schema], promote_options="permissive")
         self.waiting.append(table)
-        if sum(len(table) for table in self.waiting) >= RUN_ROWS:
+        if sum(map(len, self.waiting)) >= RUN_ROWS or sum(table.nbytes for table in self.waiting) >= RUN_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -359,15 +354,18 @@ class _Runs:
                 yield _by_uid(self._unified(parts))
 
     def _unified(self, tables: list[pa.Table]) -> pa.Table:
-        columns_of = []
-        for table in tables:
-            there = set(table.column_names)
-            columns = [
-                table[f.name].cast(f.type) if f.name in there else pa.chunked_array([pa.nulls(len(table), f.type)])
-                for f in self.schema
-            ]
-            columns_of.append(pa.table(columns, schema=self.schema))
-        return pa.concat_tables(columns_of)
+        return pa.concat_tables([pa.table([_cast(table, f) for f in self.schema], self.schema) for table in tables])
+
+
+def _cast(table: pa.Table, to: pa.Field) -> pa.ChunkedArray:
+    if to.name not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), to.type)])
+    column = table[to.name]
+    try:
+        return column.cast(to.type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        what = f"column {to.name!r} holds {column.type} in some rows and can't be read as {to.type}, as in others"
+        raise BadList("the lists", None, what) from error
 
 
 def _halves(table: pa.Table) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
