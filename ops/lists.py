@@ -161,7 +161,7 @@ def read_rows(list_path: ListPath, columns: Columns, *, caption_required: bool, 
             if kind not in ("json", "jsonl"):  # objects may leave out a name: only all of them together can lack it
                 check()
             yield _rows(table, places, columns, label)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, zlib.error, EOFError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, zlib.error, EOFError, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's; those of gzip and pyarrow about the content have no number
         raise BadList(label, None, f"can't be read as {path.name.lower()}: {_first_line(error)}") from error

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,13 +29,11 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 
 from infra.store import Store
 from ops.errors import BadList, DamagedArtifact, StorageError
+from ops.filters import FilterSettings, judge_caption
 from ops.lists import Columns as Columns
 from ops.lists import ListPath, Rows, find_lists, fingerprint, read_rows, stamp, text
 from ops.reasons import Reason
 from ops.recipes import file_sha256, parse_json, sha256
-
-if TYPE_CHECKING:
-    from ops.filters import FilterSettings
 
 PLAN = "plan/"
 INSTALMENT = re.compile(r"plan/part-\d+\.json")
@@ -262,8 +260,6 @@ def _publish(store: Store, rows: pa.Table, shard: int, settings: PlanSettings, s
 
 def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.Table:
     """The rows of a work order (without their keys), in list order; `uid` still binary."""
-    from ops.filters import judge_caption
-
     count = len(rows.urls)
     uids = b"".join(map(pair_uid, rows.urls, rows.captions))
     urls, broken_urls = text(pa.array(rows.urls, pa.binary()))
