@@ -1,6 +1,6 @@
 """Which position may attend to which (paper, §2.2, App. B.1, Fig. 11). Boolean masks only; no weights live here.
 
-Text is causal and every image position sees all text. Among image positions (raster order, grid G wide), n sees m ≤ n if
+Text is causal; every image position sees all text. Among image positions (raster order, G a row), n sees m ≤ n if
 
     dense    always
     row      n − m ≤ G: itself and the G before it. A window of raster order, not "its own row"

@@ -309,7 +309,7 @@ def relax(logits_BVhw: Tensor, seeds_B: Sequence[int], tau: float) -> Tensor:
 
 
 def kl_to_uniform(logits_BVhw: Tensor) -> tuple[Tensor, Tensor]:
-    """(kl_B, usage), nats: KL(q ‖ uniform) = ln V + Σ q ln q, summed over each picture's grid; that of the batch's mean q.
+    """(kl_B, usage) in nats: KL(q ‖ uniform) = ln V + Σ q ln q, summed over each picture's grid; that of the mean q.
 
     The first is a sum per picture, so that its mean over a batch does not change with the batch's size.
     """

@@ -14,7 +14,9 @@ class Ema:
 
     `module` is the averaged copy: frozen, in eval mode, ready to be called. The dVAE of the paper has decay 0.999
     every step, its transformer 0.99 every 25 steps. With `warmup`, averaging number t (0-based) uses
-    d = min(decay, (1+t)/(10+t)): a short run is not dominated by its random start. Give it the model itself, not a DDP wrapper.
+    d = min(decay, (1+t)/(10+t)): a short run is not dominated by its random start.
+
+    Give it the model itself, not a DDP wrapper.
     """
 
     def __init__(self, model: nn.Module, decay: float, every: int = 1, warmup: bool = False) -> None:
