@@ -195,6 +195,15 @@ def open_store(location: str) -> Store:
     return LocalStore(path)
 
 
+def absolute(location: str) -> str:
+    """The same place for a process with another working directory, such as a Ray worker; a URL is that already.
+
+    >>> absolute("/runs/demo"), absolute("s3://bucket/demo")
+    ('/runs/demo', 's3://bucket/demo')
+    """
+    return location if "://" in location else str(Path(location).absolute())
+
+
 def join(location: str, *names: str) -> str:
     """A place below another, for local paths and URLs alike.
 
