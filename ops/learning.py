@@ -1,0 +1,306 @@
+"""What is learned: the tokenizer from pictures, the transformer from captions and codes. One function for each.
+
+Each gives a `Learning`: the model, how a batch is made of positions, what is measured of it, how it is evaluated and
+drawn. The loop (ops/training.py) knows nothing else of either. Randomness comes from (seed, position), so a batch may
+be split over workers. May not live here: optimizers, checkpoints, Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from infra.store import Store, open_store
+from models.dvae import Dvae, DvaeSettings, dvae_loss, evaluate_batch, perplexity_and_used, psnr_db
+from models.sampling import SampleSettings, sample
+from models.schedules import half_cosine
+from models.text import CaptionTokenizer, train_bpe
+from models.transformer import Transformer, TransformerSettings
+from ops.errors import DamagedArtifact, UsageError
+from ops.pictures import decode_stored, tokenizer_crop
+from ops.reader import Codes, Reader, Row, codes_reader, pictures_reader
+from ops.recipes import sha256
+from ops.seeds import derived_seed, derived_share
+from ops.sheets import Cell, draw_sheet, to_pixels
+from ops.snapshot import HELD_OUT, TRAIN, Snapshot
+from ops.trained import BPE, load_tokenizer, tokenizer_digest
+
+if TYPE_CHECKING:
+    from ops.training import Job, TokenizerTrainSettings
+    from ops.training_loop import Worker
+
+T = TypeVar("T")
+
+EVALUATION_BATCH = 64
+INITIALISE_PICTURES = 200
+"""Pictures that the encoder's logits are standardised on (`dvae.logit_std`)."""
+SHEET_PICTURES = 16
+BPE_CAPTIONS = 1_000_000
+"""Captions that the BPE is trained on, at most: more change no merge that matters and cost minutes."""
+
+Measured = dict[str, tuple[Tensor, float]]
+"""Name -> (sum over this part of the batch, how many it is a sum of); the mean of all workers' parts is what counts."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """One model, ready to be trained.
+
+    `batch(start, stop)` reads the positions start … stop - 1 without holes; None if only holes are left. It runs in
+    another thread, one step ahead. `measure(batch, step)` gives the sums named in `measures`. The objective is the sum
+    of weight · mean over `objective`. `evaluate(model, step)` is called with the weights that would be published.
+    """
+
+    model: nn.Module
+    about: dict[str, Any]
+    measures: tuple[str, ...]
+    objective: dict[str, float]
+    initialise: Callable[[], None]
+    batch: Callable[[int, int], Any]
+    measure: Callable[[Any, int], Measured]
+    evaluate: Callable[[Any, int], dict[str, Any]]
+    sheet: Callable[[Any], bytes]
+
+
+def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -> Learning:
+    """The discrete VAE on pictures of PAIRS (paper, §2.1)."""
+    assert isinstance(job.model, DvaeSettings)
+    settings, training = job.model, _tokenizer_training(job)
+    dvae = _seeded(lambda: Dvae(settings), training.seed).to(worker.device)
+    reader = pictures_reader(open_store(job.source), snapshot, training.seed)
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // worker.world), thread_name_prefix="decode")
+
+    def images(rows: Sequence[Row[bytes]], *, crop: bool, flip: bool) -> Tensor:
+        def pixels(row: Row[bytes]) -> Any:
+            rng = np.random.default_rng(derived_seed("crop", training.seed, row.position))
+            try:
+                picture = decode_stored(row.payload)
+            except ValueError as error:
+                raise DamagedArtifact(f"{job.source}, picture {row.uid}", "a sound JPEG", str(error)) from error
+            return tokenizer_crop(picture, settings.image_size, rng, crop=crop, flip=flip)
+
+        return images_of(np.stack(list(pool.map(pixels, rows))))
+
+    def batch(start: int, stop: int) -> tuple[Tensor, list[int]] | None:
+        rows = list(reader.rows(start, stop))
+        if not rows:
+            return None
+        seeds = [derived_seed("gumbel", training.seed, row.position) for row in rows]
+        return images(rows, crop=training.random_crops, flip=training.flips), seeds
+
+    def measure(of: tuple[Tensor, list[int]], step: int) -> Measured:
+        images_BCHW, seeds_B = of[0].to(worker.device, non_blocking=True), of[1]
+        loss = dvae_loss(dvae, images_BCHW, seeds_B, step)
+        B, codes = len(seeds_B), len(seeds_B) * settings.grid**2
+        return {
+            "nats_per_dim": (loss.loss_B.sum(), B),
+            "distortion_nats": (loss.distortion_B.sum(), B),
+            "kl_nats": (loss.kl_B.sum(), B),
+            "usage": (loss.usage_loss * codes, codes),
+        }
+
+    def initialise() -> None:
+        if settings.logit_std is not None:
+            rows = list(reader.rows(0, INITIALISE_PICTURES))
+            dvae.initialise_on(images(rows, crop=training.random_crops, flip=training.flips).to(worker.device))
+
+    shown_rows, on = _fixed_rows(reader, max(training.evaluate_pictures, SHEET_PICTURES))
+    shown_BCHW = images(shown_rows, crop=False, flip=False)
+
+    def evaluate(model: Dvae, step: int) -> dict[str, Any]:
+        tau = half_cosine(step, settings.tau_start, settings.tau_end, settings.tau_steps)
+        parts = []
+        for first in range(0, min(training.evaluate_pictures, len(shown_BCHW)), EVALUATION_BATCH):
+            some_BCHW = shown_BCHW[first : first + EVALUATION_BATCH].to(worker.device)
+            seeds = [derived_seed("evaluate", training.seed, first + i) for i in range(len(some_BCHW))]
+            parts.append(evaluate_batch(model, some_BCHW, tau, seeds))
+        if not parts:
+            return {}
+        perplexity, used = perplexity_and_used(torch.cat([part.codes_BN for part in parts]), settings.vocabulary)
+        hard = _mean([part.hard_nats_per_dim_B for part in parts])
+        relaxed = _mean([part.relaxed_nats_per_dim_B for part in parts])
+        return {
+            "on": on,
+            "pictures": sum(len(part.codes_BN) for part in parts),
+            "psnr_db": _mean([psnr_db(part.mse_B) for part in parts]),
+            "bits_per_dim": _mean([part.hard_bits_per_dim_B for part in parts]),
+            "hard_nats_per_dim": hard,
+            "relaxed_nats_per_dim": relaxed,
+            "hard_minus_relaxed_nats_per_dim": hard - relaxed,
+            "kl_nats_per_picture": _mean([part.kl_B for part in parts]),
+            "perplexity": perplexity,
+            "used_fraction": used,
+            "tau": tau,
+        }
+
+    def sheet(model: Dvae) -> bytes:
+        some_BCHW = shown_BCHW[:SHEET_PICTURES].to(worker.device)
+        drawn = to_pixels(model.decode(model.encode(some_BCHW)))
+        rows = [[Cell(pixels) for pixels in to_pixels(some_BCHW)], [Cell(pixels) for pixels in drawn]]
+        return draw_sheet(rows, f"{on.replace('_', ' ')} pictures, and below them what is left of them in codes")
+
+    about = {"kind": "dvae", "settings": asdict(settings)}
+    measures = ("nats_per_dim", "distortion_nats", "kl_nats", "usage")
+    objective = {"nats_per_dim": 1.0, "usage": settings.usage}
+    return Learning(dvae, about, measures, objective, initialise, batch, measure, evaluate, sheet)
+
+
+def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -> Learning:
+    """The transformer on captions and codes of TOKENS (paper, §2.2)."""
+    assert isinstance(job.model, TransformerSettings)
+    settings, training = job.model, job.training
+    dvae, tokenizer = load_tokenizer(into.location)
+    dvae.to(worker.device)
+    bpe = into.read(BPE)
+    captions = CaptionTokenizer.from_json(bpe.decode())
+    model = _seeded(lambda: Transformer(settings), training.seed).to(worker.device)
+    reader = codes_reader(open_store(job.source), snapshot, training.seed, tokenizer)
+    T = settings.text_positions
+
+    def batch(start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        rows = list(reader.rows(start, stop))
+        if not rows:
+            return None
+        texts = []
+        for row in rows:
+            is_dropped = derived_share("caption", training.seed, row.position) < settings.caption_dropout
+            texts.append("" if is_dropped else row.caption)
+        seeds = [derived_seed("bpe", training.seed, row.position) for row in rows]
+        return captions.encode(texts, T, dropout=settings.bpe_dropout, seeds=seeds), codes_of(rows)
+
+    def measure(of: tuple[Tensor, Tensor], step: int) -> Measured:
+        text_BT, codes_BN = (part.to(worker.device, non_blocking=True) for part in of)
+        loss = model(text_BT, codes_BN)
+        return {
+            "text_nats_per_token": (loss.text_nats_B.sum(), float(loss.text_tokens_B.sum())),
+            "image_nats_per_code": (loss.image_nats_B.sum(), codes_BN.numel()),
+        }
+
+    shown_rows, on = _fixed_rows(reader, training.evaluate_pictures)
+    prompts = list(training.prompts) or _fixed_prompts(reader)
+
+    def evaluate(model: Transformer, step: int) -> dict[str, Any]:
+        if not shown_rows:
+            return {}
+        texts = [row.caption for row in shown_rows]
+        scored = {
+            "right": _score(model, captions, texts, shown_rows, worker),
+            "shuffled": _score(model, captions, texts[1:] + texts[:1], shown_rows, worker),
+            "none": _score(model, captions, [""] * len(texts), shown_rows, worker),
+        }
+        image = {name: nats for name, (nats, _) in scored.items()}
+        return {
+            "on": on,
+            "pictures": len(shown_rows),
+            "image_nats_per_code": image,
+            "information_gain_nats_per_code": image["shuffled"] - image["right"],
+            "text_nats_per_token": scored["right"][1],
+        }
+
+    def sheet(model: Transformer) -> bytes:
+        text_BT = captions.encode(prompts, T).to(worker.device)
+        seeds = [derived_seed("sheet", training.seed, number) for number in range(len(prompts))]
+        with torch.no_grad():
+            drawn = to_pixels(dvae.decode(sample(model, text_BT, SampleSettings(), seeds)))
+        cells = [Cell(pixels, prompt) for pixels, prompt in zip(drawn, prompts, strict=True)]
+        half = -(-len(cells) // 2)
+        return draw_sheet([cells[:half], cells[half:]], "the same prompts and seeds at every checkpoint, temperature 1")
+
+    about = {"kind": "transformer", "settings": asdict(settings), "bpe": sha256(bpe), "tokenizer": tokenizer}
+    objective = {
+        "text_nats_per_token": settings.text_loss_share,
+        "image_nats_per_code": 1.0 - settings.text_loss_share,
+    }
+    return Learning(model, about, tuple(objective), objective, lambda: None, batch, measure, evaluate, sheet)
+
+
+LEARN = {"tokenizer": learn_tokenizer, "transformer": learn_transformer}
+
+
+def check_fit(job: Job) -> None:
+    """Raises UsageError if the transformer's sizes are not those of the tokenizer that made the codes."""
+    assert isinstance(job.model, TransformerSettings)
+    dvae, _ = load_tokenizer(job.source)
+    for name, mine, its in (
+        ("grid", job.model.grid, dvae.grid),
+        ("image_vocabulary", job.model.image_vocabulary, dvae.vocabulary),
+    ):
+        if mine != its:
+            raise UsageError(
+                f"transformer.{name} is {mine}, but the tokenizer that made {job.source} has {its}.",
+                f"Set transformer.{name} = {its}.",
+            )
+
+
+def make_bpe(job: Job, into: Store, snapshot: Snapshot) -> None:
+    """Trains the BPE on the captions that are trained on, once: bpe.json, if absent."""
+    assert isinstance(job.model, TransformerSettings)
+    if into.stat(BPE) is None:
+        reader = codes_reader(open_store(job.source), snapshot, job.training.seed, tokenizer_digest(into.location))
+        captions = (row.caption for row in reader.in_file_order(TRAIN, BPE_CAPTIONS))
+        into.put(BPE, train_bpe(captions, job.model.text_vocabulary).to_json().encode())
+
+
+def images_of(pixels_BHWC: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    """images_BCHW, float32 in [0, 1]."""
+    return torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float().div_(255.0)
+
+
+def codes_of(rows: Sequence[Row[Codes]]) -> Tensor:
+    """codes_BN, int64."""
+    return torch.from_numpy(np.stack([row.payload for row in rows]).astype(np.int64))
+
+
+def _tokenizer_training(job: Job) -> TokenizerTrainSettings:
+    from ops.training import TokenizerTrainSettings
+
+    assert isinstance(job.training, TokenizerTrainSettings)
+    return job.training
+
+
+def _seeded(make: Callable[[], T], seed: int) -> T:
+    # The initial weights' generator is torch's global one: borrowed, and given back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed("weights", seed))
+        return make()
+
+
+def _fixed_rows(reader: Reader[T], count: int) -> tuple[list[Row[T]], str]:
+    rows = list(reader.held_out(count))
+    if rows:
+        return rows, HELD_OUT
+    return list(reader.in_file_order(TRAIN, count)), TRAIN  # too few pictures for the split by hash
+
+
+def _fixed_prompts(reader: Reader[Codes]) -> list[str]:
+    held_out = [row.caption for row in reader.held_out(SHEET_PICTURES // 2)]
+    trained = [row.caption for row in reader.in_file_order(TRAIN, SHEET_PICTURES - len(held_out))]
+    return trained + held_out
+
+
+def _mean(parts_B: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts_B)).double().mean())
+
+
+@torch.no_grad()
+def _score(
+    model: Transformer, captions: CaptionTokenizer, texts: Sequence[str], rows: Sequence[Row[Codes]], worker: Worker
+) -> tuple[float, float]:
+    """(nats a code, nats a text token) of the rows' codes under other texts, teacher-forced."""
+    image_nats, codes, text_nats, tokens = 0.0, 0, 0.0, 0
+    for first in range(0, len(rows), EVALUATION_BATCH):
+        some = slice(first, first + EVALUATION_BATCH)
+        codes_BN = codes_of(rows[some]).to(worker.device)
+        text_BT = captions.encode(texts[some], model.settings.text_positions).to(worker.device)
+        loss = model(text_BT, codes_BN)
+        image_nats += float(loss.image_nats_B.double().sum())
+        text_nats += float(loss.text_nats_B.double().sum())
+        codes, tokens = codes + codes_BN.numel(), tokens + int(loss.text_tokens_B.sum())
+    return image_nats / codes, text_nats / tokens

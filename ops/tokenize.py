@@ -1,0 +1,275 @@
+"""Pictures to codes: one token shard for each pair shard, K recorded crops a picture, committed like any shard.
+
+The crop's randomness comes from (seed, uid, k), so shards and rows may move. A pair shard that got a new generation
+gives its token shard one too: codes of unchanged uids are copied, only new pictures are encoded. TOKENS carries the
+tokenizer that made it. May not live here: captions as tokens (the BPE belongs to the transformer).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from infra.store import Store, absolute, open_store
+from ops.attempts import Attempt
+from ops.errors import DamagedArtifact
+from ops.pictures import decode_stored, transformer_crop
+from ops.reasons import SUCCESS
+from ops.recipes import start_stage, versions
+from ops.seeds import derived_seed
+from ops.shards import (
+    Receipt,
+    download,
+    publish,
+    read_receipt,
+    read_receipts,
+    read_table,
+    receipt_key,
+    scratch_directory,
+    sidecar_schema,
+)
+from ops.snapshot import source_fingerprint
+from ops.trained import freeze_tokenizer, load_tokenizer, tokenizer_digest
+from ops.waves import ShardOutcome, drive, on_ray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from models.dvae import Dvae
+
+ROW_GROUP_ROWS = 1024
+"""Rows of one crop that are read together: 2 MB at 1,024 codes a picture."""
+ENCODE_BATCH = 64
+"""Pictures encoded at once. Fixed, not a setting: another batch could round another way, and give other bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class TokensSettings:
+    """How pictures become codes. All of it bears identity."""
+
+    crops: Annotated[int, Field(ge=1)] = 1
+    """Crops of each picture that are encoded, K; epoch e of training reads crop e mod K."""
+    random_crops: bool = True
+    """Near-centre random crops (paper, App. A.2, listing 2); off: the central square, and crops must be 1."""
+    seed: int = 0
+    """Seed of the crops, together with the picture's uid and the crop's number."""
+
+    @model_validator(mode="after")
+    def _crops_differ(self) -> Self:
+        if self.crops > 1 and not self.random_crops:
+            raise ValueError("crops > 1 would repeat the central square: set random_crops = true, or crops = 1")
+        return self
+
+
+@plain_dataclass(frozen=True)
+class TokenizeTask:
+    """One shard to do: everything a worker needs to know, and small. `pairs_receipt` is the digest of what is read."""
+
+    pairs: str
+    tokens: str
+    shard: int
+    generation: int
+    pairs_generation: int
+    pairs_receipt: str
+    tokenizer: str
+    settings: TokensSettings
+    run: str = ""
+
+
+def start_tokens(pairs: str, tokenizer: str, tokens: str, settings: TokensSettings) -> None:
+    """Writes TOKENS/recipe.json, or checks that it says the same, and freezes the tokenizer into TOKENS.
+
+    Raises RecipeChanged for other settings, other PAIRS or another tokenizer (one that was trained on, too).
+    """
+    into = open_store(tokens)
+    inputs = {"pairs": source_fingerprint(open_store(pairs)), "tokenizer": tokenizer_digest(tokenizer)}
+    ways_out = "Codes of two tokenizers can't be mixed. Use another --into, or the old values."
+    start_stage(into, "tokens", {"tokens": asdict(settings)}, inputs, ways_out)
+    freeze_tokenizer(tokenizer, into)
+
+
+def pending_tasks(pairs: str, tokens: str, settings: TokensSettings) -> list[TokenizeTask]:
+    """The pair shards whose latest receipt is not named by our latest one, in the order of shards."""
+    pairs, tokens = absolute(pairs), absolute(tokens)
+    ours = read_receipts(open_store(tokens))
+    tokenizer, run = tokenizer_digest(tokens), secrets.token_hex(6)
+    tasks = []
+    for shard, receipt in read_receipts(open_store(pairs)).items():
+        done = ours.get(shard)
+        if done is None or done.made_from["pairs"] != receipt.digest:
+            generation = done.generation + 1 if done else 0
+            tasks.append(
+                TokenizeTask(
+                    pairs, tokens, shard, generation, receipt.generation, receipt.digest, tokenizer, settings, run
+                )
+            )
+    return tasks
+
+
+def tokenize(tokens: str, tasks: Sequence[TokenizeTask], window: int | None = None) -> Iterator[ShardOutcome]:
+    """Runs tasks of `pending_tasks` on the connected Ray; one outcome each, in the order of their ends."""
+    return drive(tasks, on_ray(tokenize_shard, "tokenize"), open_store(tokens), "tokens", window)
+
+
+def tokenize_shard(task: TokenizeTask) -> ShardOutcome:
+    """Encodes one pair shard and commits it. The same pictures and tokenizer give the same bytes.
+
+    Raises DamagedArtifact for a pair shard whose bytes are not those of its receipt.
+    """
+    started_s = time.monotonic()
+    store, source = open_store(task.tokens), open_store(task.pairs)
+    if store.stat(receipt_key(task.shard, task.generation)):
+        there = read_receipt(store, task.shard, task.generation)
+        return ShardOutcome(task.shard, task.generation, "already", there.rows, there.kept)
+    with Attempt(store, "tokens", task.shard, task.generation, task.run) as attempt, scratch_directory() as scratch:
+        pairs = read_receipt(source, task.shard, task.pairs_generation)
+        if pairs.digest != task.pairs_receipt:
+            place = f"{task.pairs}/{pairs.key}"
+            raise DamagedArtifact(place, f"sha256 {task.pairs_receipt}", f"sha256 {pairs.digest}")
+        for extension, ref in pairs.files.items():
+            download(source, ref, scratch / extension)
+        rows = _kept_rows(scratch / "parquet")
+        crops, codes = _codes_of_shard(task, rows, scratch / "tar", _earlier(store, task))
+        row_groups = _write(scratch / "codes.parquet", rows, crops, codes)
+        receipt = Receipt(
+            "tokens",
+            task.shard,
+            task.generation,
+            {"pairs": task.pairs_receipt, "tokenizer": task.tokenizer},
+            rows=rows.num_rows,
+            kept=rows.num_rows,
+            row_groups=row_groups,
+            versions=versions(),
+        )
+        won = publish(store, receipt, {"parquet": scratch / "codes.parquet"}, started_s=attempt.started_s)
+        state: Literal["committed", "already"] = "committed" if won else "already"
+        attempt.end(state, rows=rows.num_rows)
+    seconds = round(time.monotonic() - started_s, 3)
+    return ShardOutcome(task.shard, task.generation, state, rows.num_rows, rows.num_rows, seconds=seconds)
+
+
+Crop = tuple[float, float, float]
+Codes = np.ndarray[Any, np.dtype[np.uint16]]
+Earlier = dict[tuple[str, int], tuple[Crop, Codes]]
+
+
+def _kept_rows(sidecar: Path) -> pa.Table:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(sidecar) as file:
+        table = file.read()
+    return table.filter(pc.equal(table["status"], SUCCESS))
+
+
+def _earlier(store: Store, task: TokenizeTask) -> Earlier:
+    """(uid, k) -> (crop, codes) of the generation before, if the same tokenizer made it."""
+    if task.generation == 0:
+        return {}
+    before = read_receipt(store, task.shard, task.generation - 1)
+    if before.made_from["tokenizer"] != task.tokenizer:
+        return {}
+    table = read_table(store, before, columns=["uid", "k", "crop", "codes"])
+    codes_MN = _matrix(table["codes"], table.num_rows)
+    crops = [(crop["x"], crop["y"], crop["side"]) for crop in table["crop"].to_pylist()]
+    keys = zip(table["uid"].to_pylist(), table["k"].to_pylist(), strict=True)
+    return {key: (crops[i], codes_MN[i]) for i, key in enumerate(keys)}
+
+
+def _matrix(column: pa.ChunkedArray, rows: int) -> Codes:
+    matrix: Codes = column.combine_chunks().flatten().to_numpy().reshape(rows, -1)
+    return matrix
+
+
+def _codes_of_shard(
+    task: TokenizeTask, rows: pa.Table, tar: Path, earlier: Earlier
+) -> tuple[list[list[Crop]], list[Codes]]:
+    """For each k: the crops of all rows, and their codes [rows, N] (uint16)."""
+    dvae = _tokenizer(task.tokens, task.tokenizer)
+    settings = task.settings
+    uids = rows["uid"].to_pylist()
+    places = list(zip(rows["tar_offset"].to_pylist(), rows["jpg_size"].to_pylist(), strict=True))
+    crops: list[list[Crop]] = [[(0.0, 0.0, 0.0)] * len(uids) for _ in range(settings.crops)]
+    codes = [np.zeros((len(uids), dvae.grid**2), np.uint16) for _ in range(settings.crops)]
+    batch: list[tuple[int, int, Any]] = []
+
+    def encode() -> None:
+        encoded_BN = _encode(dvae, np.stack([pixels for _, _, pixels in batch]))
+        for (k, row, _), codes_N in zip(batch, encoded_BN, strict=True):
+            codes[k][row] = codes_N
+        batch.clear()
+
+    with tar.open("rb") as file:
+        for row, (uid, (offset, size)) in enumerate(zip(uids, places, strict=True)):
+            if all((uid, k) in earlier for k in range(settings.crops)):
+                for k in range(settings.crops):
+                    crops[k][row], codes[k][row] = earlier[uid, k]
+                continue
+            file.seek(offset)
+            try:
+                picture = decode_stored(file.read(size))
+            except ValueError as error:
+                raise DamagedArtifact(f"{task.pairs}, picture {uid}", "a sound JPEG", str(error)) from error
+            for k in range(settings.crops):
+                rng = np.random.default_rng(derived_seed("crop", settings.seed, uid, k))
+                pixels, crops[k][row] = transformer_crop(picture, dvae.image_size, rng, crop=settings.random_crops)
+                batch.append((k, row, pixels))
+                if len(batch) == ENCODE_BATCH:
+                    encode()
+    if batch:
+        encode()
+    return crops, codes
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(tokens: str, digest: str) -> Dvae:
+    """The frozen tokenizer, loaded once a worker process."""
+    dvae, found = load_tokenizer(tokens)
+    if found != digest:
+        raise DamagedArtifact(f"{tokens}/tokenizer", f"digest {digest}", f"digest {found}")
+    return dvae
+
+
+def _encode(dvae: Dvae, pixels_BHWC: np.ndarray[Any, np.dtype[np.uint8]]) -> Codes:
+    import torch
+
+    images_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float().div_(255.0)
+    codes: Codes = dvae.encode(images_BCHW).numpy().astype(np.uint16)
+    return codes
+
+
+def _write(path: Path, rows: pa.Table, crops: list[list[Crop]], codes: list[Codes]) -> tuple[int, ...]:
+    """The token shard: all rows of crop 0, then of crop 1, …; each row group holds one k. Returns rows a group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    own = ["uid", "key", "caption"]
+    users = [name for name in rows.column_names if name not in sidecar_schema().names]
+    crop_type = pa.struct([("x", pa.float32()), ("y", pa.float32()), ("side", pa.float32())])
+    positions = codes[0].shape[1]
+    tables = []
+    for k in range(len(codes)):
+        columns = {name: rows[name] for name in own}
+        columns["crop"] = pa.array([dict(zip("xy", c[:2], strict=True), side=c[2]) for c in crops[k]], crop_type)
+        columns["k"] = pa.array(np.full(rows.num_rows, k, np.int32))
+        columns["codes"] = pa.FixedSizeListArray.from_arrays(pa.array(codes[k].reshape(-1)), positions)
+        columns |= {name: rows[name] for name in ["split", "weight", *users]}
+        tables.append(pa.table(columns))
+    groups = []
+    with pq.ParquetWriter(path, tables[0].schema, compression="zstd") as writer:
+        for table in tables:
+            for first in range(0, table.num_rows, ROW_GROUP_ROWS):
+                part = table.slice(first, ROW_GROUP_ROWS).combine_chunks()
+                writer.write_table(part, row_group_size=ROW_GROUP_ROWS)
+                groups.append(part.num_rows)
+    return tuple(groups)

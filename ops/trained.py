@@ -1,0 +1,229 @@
+"""What a trained stage holds on disk (tokenizer/, model/): checkpoints, metrics, and the models that are read back.
+
+    steps/0000500/{model.safetensors, ema.safetensors, state.pt, receipt.json}   committed iff its receipt is there
+    metrics/0000500.jsonl     rows since the checkpoint before       sheets/0000500.png   the same pictures each time
+    tokenizer/                the frozen tokenizer that made the codes, in TOKENS and MODEL, so that each stands alone
+
+The digest of a model is the sha256 of its safetensors file, whose header also holds its settings. Nothing here is a
+pickle but the optimizer's state, which is loaded with `weights_only`. May not live here: the loop (ops/training.py).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.store import Store, open_store
+from ops.errors import DamagedArtifact, UsageError
+from ops.recipes import canonical_json, file_sha256, read_json, sha256
+from ops.shards import FileRef, read_verified
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.dvae import Dvae
+    from models.text import CaptionTokenizer
+    from models.transformer import Transformer
+
+FORMAT = 1
+MODEL, EMA, STATE = "model.safetensors", "ema.safetensors", "state.pt"
+BPE = "bpe.json"
+FROZEN_TOKENIZER = "tokenizer/receipt.json"
+_HEADER = "armchair"
+_RECEIPT = re.compile(r"steps/(\d{7,})/receipt\.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed step: `step` updates were done on positions below `cursor`. `weights` names the file to use (the
+    averaged weights where there are any), `digest` is its sha256: the name of the model at this step."""
+
+    step: int
+    cursor: int
+    weights: str
+    digest: str
+    files: dict[str, FileRef]
+
+
+def latest_checkpoint(store: Store) -> Checkpoint | None:
+    """The highest step with a receipt, or None. Raises UnknownFormat."""
+    steps = [int(match[1]) for entry in store.list("steps/") if (match := _RECEIPT.fullmatch(entry.key))]
+    if not steps:
+        return None
+    found = read_json(store, f"steps/{max(steps):07d}/receipt.json", FORMAT)
+    files = {name: FileRef(**ref) for name, ref in found["files"].items()}
+    return Checkpoint(found["step"], found["cursor"], found["weights"], found["digest"], files)
+
+
+def write_checkpoint(
+    store: Store,
+    step: int,
+    cursor: int,
+    files: Mapping[str, Path],
+    rows: list[dict[str, Any]],
+    sheet: bytes | None,
+    keep: int,
+) -> Checkpoint:
+    """Commits a step: files, sheet and metrics first, the receipt last. Then removes all but the `keep` newest steps.
+
+    A step that an earlier run left without its receipt is overwritten.
+    """
+    refs = {}
+    for name, path in files.items():
+        refs[name] = FileRef(f"steps/{step:07d}/{name}", path.stat().st_size, file_sha256(path))
+        store.put(refs[name].key, path, if_absent=False)
+    if sheet is not None:
+        store.put(f"sheets/{step:07d}.png", sheet, if_absent=False)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    store.put(f"metrics/{step:07d}.jsonl", lines.encode(), if_absent=False)
+    weights = EMA if EMA in refs else MODEL
+    checkpoint = Checkpoint(step, cursor, weights, refs[weights].sha256, refs)
+    receipt = json.dumps({"format": FORMAT, **asdict(checkpoint)}, indent=1, sort_keys=True)
+    store.put(f"steps/{step:07d}/receipt.json", receipt.encode(), if_absent=False)
+    _prune(store, keep)
+    return checkpoint
+
+
+def _prune(store: Store, keep: int) -> None:
+    keys = [entry.key for entry in store.list("steps/")]
+    steps = sorted(int(match[1]) for key in keys if (match := _RECEIPT.fullmatch(key)))
+    for step in steps[:-keep]:
+        store.delete(f"steps/{step:07d}/receipt.json")  # first, so that no receipt names what is gone
+        for key in keys:
+            if key.startswith(f"steps/{step:07d}/"):
+                store.delete(key)
+
+
+def read_metrics(store: Store) -> list[dict[str, Any]]:
+    """All rows up to the latest checkpoint, in order: `kind` is "train" or "evaluation", `step` counts updates done."""
+    latest = latest_checkpoint(store)
+    if latest is None:
+        return []
+    rows = []
+    for entry in store.list("metrics/"):
+        if int(Path(entry.key).stem) <= latest.step:
+            rows += [json.loads(line) for line in store.read(entry.key).splitlines()]
+    return rows
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes safetensors with `about` in its header, so that the file alone says what it is. Equal input, equal bytes.
+
+    One header entry only: safetensors writes several in an order that changes from run to run.
+    """
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={_HEADER: canonical_json(about).decode()})
+
+
+def load_weights(data: bytes, place: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, about) of a file of `save_weights`. Raises DamagedArtifact naming `place` for anything else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        length = int.from_bytes(data[:8], "little")
+        about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_HEADER])
+        return load(data), about
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DamagedArtifact(place, "weights of armchair", str(error)) from error
+
+
+def read_checkpoint_file(store: Store, checkpoint: Checkpoint, name: str) -> bytes:
+    """One file of a checkpoint. Raises DamagedArtifact."""
+    return read_verified(store, checkpoint.files[name])
+
+
+def load_state(data: bytes) -> dict[str, Any]:
+    """The training state of a checkpoint. Only tensors and plain values are accepted."""
+    import torch
+
+    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return state
+
+
+def freeze_tokenizer(source: str, into: Store) -> str:
+    """Copies the tokenizer at `source` (a trained stage, TOKENS or MODEL) into a stage that depends on it.
+
+    Returns its digest. What is there already stays; the stage's recipe is what refuses another tokenizer.
+    """
+    data, digest, _ = _tokenizer_bytes(source)
+    if into.stat(FROZEN_TOKENIZER) is None:
+        ref = FileRef(f"tokenizer/{digest[:16]}.safetensors", len(data), digest)
+        into.put(ref.key, data)
+        into.put(FROZEN_TOKENIZER, json.dumps({"format": FORMAT, "file": asdict(ref)}, indent=1).encode())
+    return digest
+
+
+def tokenizer_digest(location: str) -> str:
+    """The digest of the tokenizer at a place, without reading its weights."""
+    store = open_store(location)
+    if store.stat(FROZEN_TOKENIZER) is not None:
+        return str(read_json(store, FROZEN_TOKENIZER, FORMAT)["file"]["sha256"])
+    return _checkpoint_to_use(store, "tokenizer").digest
+
+
+def load_tokenizer(location: str) -> tuple[Dvae, str]:
+    """The tokenizer of a trained stage, or the frozen one of TOKENS or MODEL, in eval mode, and its digest.
+
+    Raises UsageError where there is none, DamagedArtifact for bytes that differ from the receipt.
+    """
+    from models.dvae import Dvae, DvaeSettings
+
+    data, digest, place = _tokenizer_bytes(location)
+    tensors, about = load_weights(data, place)
+    dvae = Dvae(DvaeSettings(**about["settings"]))
+    dvae.load_state_dict(tensors)
+    return dvae.requires_grad_(False).eval(), digest
+
+
+def load_transformer(location: str) -> tuple[Transformer, CaptionTokenizer, dict[str, Any], str]:
+    """The transformer of MODEL at its latest checkpoint, its caption tokenizer, the recipe, and its digest.
+
+    Raises UsageError where there is no checkpoint, DamagedArtifact for bytes that differ from the receipt.
+    """
+    from models.text import CaptionTokenizer
+    from models.transformer import Transformer, TransformerSettings
+
+    store = open_store(location)
+    checkpoint = _checkpoint_to_use(store, "transformer")
+    place = f"{location}/{checkpoint.files[checkpoint.weights].key}"
+    tensors, about = load_weights(read_checkpoint_file(store, checkpoint, checkpoint.weights), place)
+    transformer = Transformer(TransformerSettings(**about["settings"]))
+    transformer.load_state_dict(tensors)
+    bpe = store.read(BPE)
+    if sha256(bpe) != about["bpe"]:
+        raise DamagedArtifact(f"{location}/{BPE}", f"sha256 {about['bpe']}", f"sha256 {sha256(bpe)}")
+    recipe = read_json(store, "recipe.json")
+    captions = CaptionTokenizer.from_json(bpe.decode())
+    return transformer.requires_grad_(False).eval(), captions, recipe, checkpoint.digest
+
+
+def _tokenizer_bytes(location: str) -> tuple[bytes, str, str]:
+    store = open_store(location)
+    if store.stat(FROZEN_TOKENIZER) is not None:
+        ref = FileRef(**read_json(store, FROZEN_TOKENIZER, FORMAT)["file"])
+    else:
+        checkpoint = _checkpoint_to_use(store, "tokenizer")
+        ref = checkpoint.files[checkpoint.weights]
+    return read_verified(store, ref), ref.sha256, f"{location}/{ref.key}"
+
+
+def _checkpoint_to_use(store: Store, stage: str) -> Checkpoint:
+    if store.stat("recipe.json") is None:
+        raise UsageError(f"{store.location} holds no {stage}.", f"Make one with `armchair train {stage}`.")
+    found = read_json(store, "recipe.json")["stage"]
+    if found != stage:
+        raise UsageError(f"{store.location} is of the stage {found}, not {stage}.", "Name the other directory.")
+    checkpoint = latest_checkpoint(store)
+    if checkpoint is None:
+        raise UsageError(
+            f"{store.location} has no checkpoint yet.", f"Let `armchair train {stage}` reach its first checkpoint."
+        )
+    return checkpoint
