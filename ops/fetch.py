@@ -35,10 +35,15 @@ from types import TracebackType
 from typing import Annotated
 from urllib.parse import quote, urljoin, urlsplit
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ops.reasons import Reason, Rejected, is_transient
+
+
+def _network(text: str) -> str:
+    ipaddress.ip_network(text)  # its ValueError names what is wrong
+    return text
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -63,9 +68,9 @@ class FetchSettings:
     """Threads that fetch in one worker; 64 to 128 keep a core busy."""
     max_redirects: Annotated[int, Field(ge=0)] = 5
     """Redirects that are followed; each target is checked like the first URL."""
-    allow_private: tuple[str, ...] = ()
+    allow_private: tuple[Annotated[str, AfterValidator(_network)], ...] = ()
     """Networks that may be asked though they are not public, such as "127.0.0.0/8" for tests and the demo."""
-    contact: str = ""
+    contact: Annotated[str, Field(pattern=r"^[ -~]*$")] = ""
     """Where a webmaster reaches you (URL or mail); stands in the User-Agent of every request."""
 
 
@@ -137,6 +142,8 @@ def normal_url(url: str) -> Target | Rejected:
             return Rejected(Reason.URL_SCHEME, "neither http nor https")
         if not scheme or not host or port == 0:
             return Rejected(Reason.URL_INVALID, "no scheme or no host")
+        if len(url) > 8000:
+            return Rejected(Reason.URL_INVALID, "longer than servers read")
         if "@" in parts.netloc:
             return Rejected(Reason.URL_INVALID, "a user name in the URL")
         if ":" in host:
@@ -173,6 +180,8 @@ def is_public(address: str) -> bool:
         inner = [v4 for v4 in carried if v4 is not None]
         if inner:
             return all(is_public(str(v4)) for v4 in inner)
+        if ip.is_site_local:
+            return False
     elif ip in _RELAY_6TO4:
         return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
@@ -242,7 +251,10 @@ class Fetcher:
                 answer = self._request(target, clock, redirected=hop > 0)
             if isinstance(answer, Fetched):
                 return answer
-            following = normal_url(urljoin(target.url, answer))
+            try:
+                following = normal_url(urljoin(target.url, answer))
+            except ValueError:  # "//[": urljoin parses too
+                following = Rejected(Reason.URL_INVALID)
             if isinstance(following, Rejected):
                 raise _No(Reason.REDIRECT_FORBIDDEN, "to what is no http or https URL")
             target = following
@@ -264,6 +276,7 @@ class Fetcher:
         addresses = self._checked_addresses(target.host, clock, redirected=redirected)
         with self._reaper.watch(clock.at) as watch:
             connection = _connection(target, self._ssl_context)
+            response: HTTPResponse | None = None
             step = "connect"
             try:
                 connection.sock = self._connect(addresses, target, clock, watch)
@@ -279,8 +292,10 @@ class Fetcher:
                 # After the reaper's shut, http.client sees an orderly end or any error: the flag alone is the truth.
                 raise _no_for(error, step) if not watch.expired else _No(Reason.TIMEOUT, step) from error
             finally:
-                watch.detach()
+                watch.close()
                 connection.close()
+                if response is not None:  # it holds the socket open behind the connection's back
+                    response.close()
 
     def _checked_addresses(self, host: str, clock: _Clock, *, redirected: bool) -> Sequence[str]:
         try:
@@ -319,9 +334,10 @@ class Fetcher:
         # The second line behind the reaper.
         sock.settimeout(max(0.001, clock.remaining()) + 1)
         if target.scheme == "https":
-            sock = self._ssl_context.wrap_socket(sock, server_hostname=target.host, do_handshake_on_connect=False)
-            watch.attach(sock)
-            sock.do_handshake()
+            secure = self._ssl_context.wrap_socket(sock, server_hostname=target.host, do_handshake_on_connect=False)
+            watch.attach(secure)
+            secure.do_handshake()
+            return secure
         return sock
 
     def _judge_status(self, response: HTTPResponse) -> str | None:
@@ -332,7 +348,7 @@ class Fetcher:
             # http.client decodes headers as Latin-1; servers write UTF-8.
             return location.encode("latin-1").decode("utf-8", "replace")
         if 200 <= status < 300:
-            if response.getheader("Content-Type", "").startswith(("video/", "audio/")):
+            if response.getheader("Content-Type", "").lower().startswith(("video/", "audio/")):
                 raise _No(Reason.CONTENT_TYPE, "video or audio", status)
             return None
         reason = {408: Reason.HTTP_408, 425: Reason.HTTP_425, 429: Reason.HTTP_429}.get(status)
@@ -430,7 +446,7 @@ def _seconds(retry_after: str | None) -> float:
         return 0.0
     with suppress(ValueError):
         return max(0.0, float(retry_after))
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     return 0.0
 
@@ -489,10 +505,12 @@ class _Watch:
             if self.expired:
                 raise TimeoutError
 
-    def detach(self) -> None:
-        """Before the socket is closed: its number may be another connection's in the next moment."""
+    def close(self) -> None:
+        """Closes the socket; in the next moment its number may be another connection's."""
         with self._lock:
-            self._socket = None
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
 
     def expire(self) -> None:
         with self._lock:
