@@ -14,8 +14,7 @@ encoder's logits as plain categoricals although z is a relaxed sample, as OpenAI
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Self
 
@@ -169,18 +168,14 @@ class Encoder(nn.Module):
         self.groups = _groups(settings.widths[0], settings.widths, (3, 3, 3, 1), settings)
         self.output = _convolution(settings.widths[-1], settings.vocabulary, 1)
 
-    def features(self, mapped_BCHW: Tensor) -> Tensor:
-        """What the last 1×1 convolution reads, BDhw."""
+    def forward(self, mapped_BCHW: Tensor) -> Tensor:
+        """logits_BVhw."""
         x = mapped_BCHW if self.unshuffle == 1 else F.pixel_unshuffle(mapped_BCHW, self.unshuffle)
         # Channels last: 1.2 to 1.4 times as fast on a CPU. The weights stay contiguous, as files and DDP want them.
         x = self.input(x.contiguous(memory_format=torch.channels_last))
         for number, group in enumerate(self.groups):
             x = group(x if number == 0 else F.max_pool2d(x, 2))
-        return F.relu(x)
-
-    def forward(self, mapped_BCHW: Tensor) -> Tensor:
-        """logits_BVhw."""
-        logits_BVhw: Tensor = self.output(self.features(mapped_BCHW))
+        logits_BVhw: Tensor = self.output(F.relu(x))
         return logits_BVhw
 
 
@@ -288,6 +283,8 @@ class DvaeLoss:
     """KL(q ‖ uniform), nats per picture."""
     usage_loss: Tensor
     """KL(batch mean of q ‖ uniform), nats: a statistic of this batch; the caller adds `settings.usage` times it."""
+    mean_q_V: Tensor
+    """The batch mean of q that `usage_loss` is of: workers that share a batch need the mean over all their parts."""
     tau: float
     beta: float
 
@@ -313,13 +310,21 @@ def kl_to_uniform(logits_BVhw: Tensor) -> tuple[Tensor, Tensor]:
 
     The first is a sum per picture, so that its mean over a batch does not change with the batch's size.
     """
+    kl_B, mean_q_V = _kl_and_mean(logits_BVhw)
+    return kl_B, usage_of(mean_q_V)
+
+
+def usage_of(mean_q_V: Tensor) -> Tensor:
+    """KL(mean q ‖ uniform), nats, of the mean of q over a batch and its grid."""
+    return math.log(len(mean_q_V)) + (mean_q_V * mean_q_V.clamp(min=1e-12).log()).sum()
+
+
+def _kl_and_mean(logits_BVhw: Tensor) -> tuple[Tensor, Tensor]:
     log_q_BNV = F.log_softmax(logits_BVhw.permute(0, 2, 3, 1).flatten(1, 2).float(), dim=-1)
     _, N, V = log_q_BNV.shape
     q_BNV = log_q_BNV.exp()
     kl_B = N * math.log(V) + (q_BNV * log_q_BNV).sum(dim=(1, 2))
-    mean_V = q_BNV.mean(dim=(0, 1))
-    usage = math.log(V) + (mean_V * mean_V.clamp(min=1e-12).log()).sum()
-    return kl_B, usage
+    return kl_B, q_BNV.mean(dim=(0, 1))
 
 
 def dvae_loss(dvae: Dvae, images_BCHW: Tensor, seeds_B: Sequence[int], step: int) -> DvaeLoss:
@@ -330,9 +335,9 @@ def dvae_loss(dvae: Dvae, images_BCHW: Tensor, seeds_B: Sequence[int], step: int
     logits_BVhw = dvae.logits(images_BCHW)
     mu, ln_b = dvae.statistics(relax(logits_BVhw, seeds_B, tau))
     distortion_B = logit_laplace_nats(images_BCHW, mu, ln_b).sum(dim=(1, 2, 3))
-    kl_B, usage_loss = kl_to_uniform(logits_BVhw)
+    kl_B, mean_q_V = _kl_and_mean(logits_BVhw)
     loss_B = (distortion_B + beta * kl_B) / settings.dims
-    return DvaeLoss(loss_B, distortion_B, kl_B, usage_loss, tau, beta)
+    return DvaeLoss(loss_B, distortion_B, kl_B, usage_of(mean_q_V), mean_q_V, tau, beta)
 
 
 @plain_dataclass(frozen=True)
@@ -390,31 +395,3 @@ def perplexity_and_used(codes: Tensor, vocabulary: int) -> tuple[float, float]:
     counts_V = torch.bincount(codes.flatten(), minlength=vocabulary).double()
     entropy = torch.special.entr(counts_V / counts_V.sum()).sum()
     return float(entropy.exp()), float((counts_V > 0).double().mean())
-
-
-def openai_state_dict(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's two state dicts (published as encoder.pkl and decoder.pkl) under our names, for `Dvae.load_state_dict`.
-
-    `blocks.group_2.block_1.res_path.conv_3.w` becomes `encoder.groups.1.0.conv_3.weight`. Raises ValueError for a name
-    that is none of theirs. Their files are whole pickled modules that fail on torch ≥ 1.11: take `.state_dict()` of
-    them under an older torch, or rebuild the modules with the `dall_e` package.
-    """
-    ours = {}
-    for half, state in (("encoder", encoder), ("decoder", decoder)):
-        for name, tensor in state.items():
-            ours[f"{half}.{_our_name(name)}"] = tensor
-    return ours
-
-
-_BLOCK = re.compile(r"blocks\.group_(\d+)\.block_(\d+)\.(?:res_path\.(conv_[1-4])|(id_path))\.([wb])")
-_END = re.compile(r"blocks\.(?:(input)|(output)\.conv)\.([wb])")
-
-
-def _our_name(name: str) -> str:
-    kinds = {"w": "weight", "b": "bias"}
-    if match := _BLOCK.fullmatch(name):
-        group, block, convolution, _, kind = match.groups()
-        return f"groups.{int(group) - 1}.{int(block) - 1}.{convolution or 'skip'}.{kinds[kind]}"
-    if match := _END.fullmatch(name):
-        return f"{match[1] or match[2]}.{kinds[match[3]]}"
-    raise ValueError(f"{name!r} is no parameter of OpenAI's dVAE")
