@@ -54,7 +54,8 @@ class Learning:
     """One model, ready to be trained.
 
     `batch(start, stop)` reads the positions start … stop - 1 without holes; None if only holes are left. It runs in
-    another thread, one step ahead. `measure(batch, step)` gives the sums named in `measures`. The objective is the sum
+    another thread, one step ahead. `measure(batch, step)` gives the sums named in `measures`, and is called on every
+    rank at every step, with None for a part that is all holes. The objective is the sum
     of weight · mean over `objective`. `evaluate(model, step)` is called with the weights that would be published.
     """
 
@@ -95,16 +96,26 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
         seeds = [derived_seed("gumbel", training.seed, row.position) for row in rows]
         return images(rows, crop=training.random_crops, flip=training.flips), seeds
 
-    def measure(of: tuple[Tensor, list[int]], step: int) -> Measured:
+    def measure(of: tuple[Tensor, list[int]] | None, step: int) -> Measured:
+        if of is None:
+            log_ratio_to_uniform(torch.zeros(settings.vocabulary, device=worker.device), 0)
+            return {}
         images_BCHW, seeds_B = of[0].to(worker.device, non_blocking=True), of[1]
         loss = dvae_loss(dvae, images_BCHW, seeds_B, step)
         B, codes = len(seeds_B), len(seeds_B) * settings.grid**2
+        log_ratio_V = log_ratio_to_uniform(loss.mean_q_V.detach() * codes, codes)
         return {
             "nats_per_dim": (loss.loss_B.sum(), B),
             "distortion_nats": (loss.distortion_B.sum(), B),
             "kl_nats": (loss.kl_B.sum(), B),
-            "usage": (loss.usage_loss * codes, codes),
+            # Σ q·ln(m·V) with m, the mean q of *all* workers, held constant: the value is KL(m ‖ uniform), and so is
+            # the gradient, for the rest of it, Σ q·∂ln m, is the gradient of Σ m = 1.
+            "usage": ((loss.mean_q_V * codes * log_ratio_V).sum(), codes),
         }
+
+    def log_ratio_to_uniform(q_sum_V: Tensor, codes: int) -> Tensor:
+        summed = worker.sum(torch.cat([q_sum_V, q_sum_V.new_tensor([float(codes)])]))
+        return (settings.vocabulary * summed[:-1] / summed[-1].clamp(min=1.0)).clamp(min=1e-12).log()
 
     def initialise() -> None:
         if settings.logit_std is not None:
@@ -175,7 +186,9 @@ def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker)
         seeds = [derived_seed("bpe", training.seed, row.position) for row in rows]
         return captions.encode(texts, T, dropout=settings.bpe_dropout, seeds=seeds), codes_of(rows)
 
-    def measure(of: tuple[Tensor, Tensor], step: int) -> Measured:
+    def measure(of: tuple[Tensor, Tensor] | None, step: int) -> Measured:
+        if of is None:
+            return {}
         text_BT, codes_BN = (part.to(worker.device, non_blocking=True) for part in of)
         loss = model(text_BT, codes_BN)
         return {

@@ -164,7 +164,7 @@ def _steps(this: _Run, stop_after: int | None) -> None:
 def _update(this: _Run, batch: Any, step: int) -> _Update:
     """Forward, one sum over the ranks of totals and counts, backward, one sum of gradients, and the step."""
     learning, worker = this.learning, this.worker
-    measured: Measured = learning.measure(batch, step) if batch is not None else {}
+    measured: Measured = learning.measure(batch, step)
     names = learning.measures
     parts = [measured.get(name, (torch.zeros((), device=worker.device), 0.0)) for name in names]
     must_stop = float(this.heart is not None and this.heart.must_stop)
