@@ -306,25 +306,21 @@ def relax(logits_BVhw: Tensor, seeds_B: Sequence[int], tau: float) -> Tensor:
 
 
 def kl_to_uniform(logits_BVhw: Tensor) -> tuple[Tensor, Tensor]:
-    """(kl_B, usage) in nats: KL(q ‖ uniform) = ln V + Σ q ln q, summed over each picture's grid; that of the mean q.
+    """(kl_B, mean_q_V): KL(q ‖ uniform) = ln V + Σ q ln q in nats, summed over each picture's grid; the mean of all q.
 
-    The first is a sum per picture, so that its mean over a batch does not change with the batch's size.
+    The KL is a sum per picture, so that its mean over a batch does not change with the batch's size.
     """
-    kl_B, mean_q_V = _kl_and_mean(logits_BVhw)
-    return kl_B, usage_of(mean_q_V)
-
-
-def usage_of(mean_q_V: Tensor) -> Tensor:
-    """KL(mean q ‖ uniform), nats, of the mean of q over a batch and its grid."""
-    return math.log(len(mean_q_V)) + (mean_q_V * mean_q_V.clamp(min=1e-12).log()).sum()
-
-
-def _kl_and_mean(logits_BVhw: Tensor) -> tuple[Tensor, Tensor]:
     log_q_BNV = F.log_softmax(logits_BVhw.permute(0, 2, 3, 1).flatten(1, 2).float(), dim=-1)
     _, N, V = log_q_BNV.shape
     q_BNV = log_q_BNV.exp()
     kl_B = N * math.log(V) + (q_BNV * log_q_BNV).sum(dim=(1, 2))
     return kl_B, q_BNV.mean(dim=(0, 1))
+
+
+def usage_of(mean_q_V: Tensor) -> Tensor:
+    """KL(mean q ‖ uniform) in nats: 0 if the codes share the pictures' cells alike, ln V if one code has them all."""
+    # The clamp keeps the gradient finite for a code whose probability underflows everywhere.
+    return math.log(len(mean_q_V)) + (mean_q_V * mean_q_V.clamp(min=1e-12).log()).sum()
 
 
 def dvae_loss(dvae: Dvae, images_BCHW: Tensor, seeds_B: Sequence[int], step: int) -> DvaeLoss:
@@ -335,7 +331,7 @@ def dvae_loss(dvae: Dvae, images_BCHW: Tensor, seeds_B: Sequence[int], step: int
     logits_BVhw = dvae.logits(images_BCHW)
     mu, ln_b = dvae.statistics(relax(logits_BVhw, seeds_B, tau))
     distortion_B = logit_laplace_nats(images_BCHW, mu, ln_b).sum(dim=(1, 2, 3))
-    kl_B, mean_q_V = _kl_and_mean(logits_BVhw)
+    kl_B, mean_q_V = kl_to_uniform(logits_BVhw)
     loss_B = (distortion_B + beta * kl_B) / settings.dims
     return DvaeLoss(loss_B, distortion_B, kl_B, usage_of(mean_q_V), mean_q_V, tau, beta)
 

@@ -19,6 +19,7 @@ from models.dvae import (
     perplexity_and_used,
     psnr_db,
     relax,
+    usage_of,
 )
 from models.likelihood import discretised_logit_laplace_nats, logit_laplace_nats, map_pixels
 
@@ -146,12 +147,25 @@ def test_the_usage_is_zero_if_all_codes_share_and_all_bits_if_one_takes_all():
     each_its_own = F.one_hot(torch.arange(16).view(1, 4, 4), 16).permute(0, 3, 1, 2) * 1000.0
     all_the_same = torch.zeros(2, 16, 4, 4)
     all_the_same[:, 3] = 1000.0
-    assert kl_to_uniform(each_its_own)[1].item() == pytest.approx(0.0, abs=1e-5)
+    assert usage_of(kl_to_uniform(each_its_own)[1]).item() == pytest.approx(0.0, abs=1e-5)
     logits = all_the_same.requires_grad_()
-    usage = kl_to_uniform(logits)[1]
+    usage = usage_of(kl_to_uniform(logits)[1])
     assert usage.item() == pytest.approx(math.log(16), rel=1e-5)
     usage.backward()
     assert bool(logits.grad.isfinite().all())  # codes of probability 0 included
+
+
+def test_workers_that_share_a_batch_can_follow_the_usage_of_all_of_it():
+    # With m the mean of all q, held constant, the parts' means of Σ q·ln(m·V) add up to the usage and to its gradient.
+    logits = torch.randn(4, 16, 2, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mean_q_V = kl_to_uniform(logits)[1]
+    whole = usage_of(mean_q_V)
+    log_ratio_V = (mean_q_V.detach() * 16).log()
+    parts = torch.stack([(kl_to_uniform(part)[1] * log_ratio_V).sum() for part in logits.split(2)]).mean()
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-5)
+    (expected,) = torch.autograd.grad(whole, logits, retain_graph=True)
+    (added,) = torch.autograd.grad(parts, logits)
+    assert torch.allclose(added, expected, atol=1e-7)
 
 
 def test_the_loss_is_the_paper_s_in_nats_per_dimension():
@@ -169,6 +183,7 @@ def test_the_loss_is_the_paper_s_in_nats_per_dimension():
     kl = (q * (q.log() - math.log(1 / 256))).sum(dim=(1, 2, 3))
     assert torch.allclose(loss.distortion_B, distortion, rtol=1e-4)
     assert torch.allclose(loss.kl_B, kl, rtol=1e-4)
+    assert loss.usage_loss.item() == pytest.approx(usage_of(q.mean(dim=(0, 2, 3))).item(), rel=1e-4)
     assert torch.allclose(loss.loss_B, (distortion + 1.5 * kl) / (3 * 32 * 32), rtol=1e-4)
 
 
