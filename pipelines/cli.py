@@ -9,6 +9,7 @@ from __future__ import annotations
 import json as json_module
 import os
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
@@ -60,7 +61,7 @@ def demo(*, into: Into = "runs/demo", sets: Sets = (), seed: int = 0, cpus: Cpus
     """
     from pipelines.demo import run_demo
 
-    return run_demo(into, _settings("demo", sets), seed, _cluster(cpus), quiet=json)
+    return run_demo(into, _settings("demo", sets), seed, _cluster(cpus))
 
 
 @app.command(sort_key=2)
@@ -76,16 +77,16 @@ def build(
     json: Json = False,
 ) -> None:
     """The whole way: ingest, train the tokenizer, tokenize, train the transformer, draw a sheet, write the report."""
-    from pipelines.stages import missing_stages, settings_of_run
+    from pipelines.stages import Run, missing_stages
 
-    settings = settings_of_run(into, _settings(preset, sets))
-    missing = missing_stages(lists, into, settings)
-    if not missing:
+    settings = _settings(preset, sets)
+    if not missing_stages(lists, Run(into), settings):
         _say({"into": into, "done": True}, json, f"{into} is finished: nothing to do. Its report is {into}/report.html")
         return
     from pipelines.build import build as flow
 
-    _say(flow(list(lists), into, settings, _columns(url_col, caption_col), _cluster(cpus), workers), json)
+    told = flow(list(lists), into, settings, _columns(url_col, caption_col), _cluster(cpus), workers)
+    _say(told, json, f"finished: {told['report']}")
 
 
 @app.command(sort_key=3)
@@ -108,36 +109,39 @@ def ingest(
     told = flow(
         list(lists), into, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, _cluster(cpus), accept_partial
     )
-    _say(told, json)
+    _end(into, told, json)
 
 
 @app.command(sort_key=4)
 def status(pairs: str, *, json: Json = False) -> None:
     """Shards planned, committed, deferred, failed; pairs kept and rejected by reason; runs alive."""
     from infra.store import open_store
-    from ops.status import as_text
     from ops.status import status as count
+    from pipelines.show import show_status
 
     told = count(open_store(pairs))
-    _say(told, json, as_text(told))
+    _say(told, json, show_status(told))
 
 
 @app.command(sort_key=5)
 def rerun(
     pairs: str,
     *,
-    only: Annotated[Literal["transient"] | None, Parameter(help="Rows to ask again (the default).")] = None,
-    shards: Annotated[str | None, Parameter(help="Shards, such as 3,7-9: all their rejected rows.")] = None,
+    only: Annotated[Literal["transient"] | None, Parameter(help="Only rows that may come; the default.")] = None,
+    shards: Annotated[str | None, Parameter(help="Such as 3,7-9; alone: all their rejected rows.")] = None,
     preset: Preset = None,
     sets: Sets = (),
     cpus: Cpus = None,
     json: Json = False,
 ) -> None:
     """Ask again for the rows of committed shards whose reason can have changed; each shard gets a new generation."""
+    from pipelines.ingest import parse_shards
     from pipelines.ingest import rerun as flow
 
-    s = _settings(preset, sets)
-    _say(flow(pairs, only, shards, s.fetch, s.outage, _cluster(cpus)), json)
+    s = _settings(preset or _settings_beside(pairs), sets)
+    numbers = parse_shards(shards) if shards else None
+    again: Literal["transient", "rejected"] = "rejected" if numbers and only is None else "transient"
+    _end(pairs, flow(pairs, again, numbers, s.fetch, s.outage, _cluster(cpus)), json)
 
 
 @app.command(sort_key=6)
@@ -149,12 +153,14 @@ def verify(
 ) -> int:
     """Prove that every pair is accounted for once, and with --deep every byte."""
     from infra.store import open_store
-    from ops.verify import as_text
     from ops.verify import verify as prove
+    from pipelines.show import show_proof
 
-    told = prove(open_store(directory), deep=deep)
-    _say(told.as_json(), json, as_text(told))
-    return 0 if told.ok else 3
+    proof = prove(open_store(directory), deep=deep)
+    problems = [asdict(problem) for problem in proof.problems]
+    told = {"ok": proof.ok, "pairs": proof.pairs, "shards": proof.shards, "problems": problems}
+    _say(told, json, show_proof(directory, proof.ok, proof.pairs, problems))
+    return 0 if proof.ok else 3
 
 
 @app.command(sort_key=7)
@@ -185,10 +191,12 @@ def tokenizer(
     json: Json = False,
 ) -> None:
     """Train the discrete VAE on pictures."""
+    from pipelines.show import show_trained
     from pipelines.train import train_tokenizer as flow
 
     s = _settings(preset, sets)
-    _say(flow(pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), workers), json)
+    told = flow(pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), workers)
+    _say(told, json, show_trained(told))
 
 
 @app.command(sort_key=8)
@@ -205,7 +213,7 @@ def tokenize(
     """Turn the pictures of PAIRS into codes, one token shard for each pair shard."""
     from pipelines.tokenize import tokenize as flow
 
-    _say(flow(pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus)), json)
+    _end(into, flow(pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus)), json)
 
 
 @train.command
@@ -213,7 +221,6 @@ def transformer(
     tokens: str,
     *,
     into: Into,
-    tokenizer: Annotated[str | None, Parameter(help="Directory of the tokenizer, to draw samples on the way.")] = None,
     preset: Preset = None,
     sets: Sets = (),
     cpus: Cpus = None,
@@ -221,10 +228,12 @@ def transformer(
     json: Json = False,
 ) -> None:
     """Train the transformer on captions and codes."""
+    from pipelines.show import show_trained
     from pipelines.train import train_transformer as flow
 
     s = _settings(preset, sets)
-    _say(flow(tokens, into, tokenizer, s.transformer, s.transformer_training, _cluster(cpus), workers), json)
+    told = flow(tokens, into, s.transformer, s.transformer_training, _cluster(cpus), workers)
+    _say(told, json, show_trained(told))
 
 
 @app.command(sort_key=9)
@@ -242,7 +251,7 @@ def generate(
     """Draw pictures from prompts, best first."""
     from ops.generate import generate as draw
 
-    told = draw(model, prompts, n, seed, into, tokenizer, _sampling(model, preset, sets))
+    told = draw(model, prompts, n, seed, into, tokenizer, _settings(preset or _settings_beside(model), sets).sampling)
     _say(told, json, "\n".join(f"{path}" for path in told["sheets"]))
 
 
@@ -271,10 +280,10 @@ def _settings(preset: str | None, sets: tuple[str, ...]) -> Settings:
     return resolve(preset, sets)
 
 
-def _sampling(model: str, preset: str | None, sets: tuple[str, ...]) -> Any:
+def _settings_beside(stage: str) -> str | None:
     from pipelines.stages import settings_beside
 
-    return _settings(preset or settings_beside(model), sets).sampling
+    return settings_beside(stage)
 
 
 def _cluster(cpus: int | None) -> Cluster:
@@ -285,6 +294,17 @@ def _columns(url: str, caption: str) -> Any:
     from ops.plan import Columns
 
     return Columns(url=url, caption=caption)
+
+
+def _end(into: str, told: dict[str, Any], as_json: bool) -> None:
+    """The end of a sharded stage: what became of it, and exit code 5 if shards are left."""
+    from ops.errors import Incomplete
+    from pipelines.show import show_tally
+
+    _say(told, as_json, show_tally(into, told))
+    if told["unfinished"]:
+        first = told["unfinished"][0]
+        raise Incomplete(into, len(told["unfinished"]), f"shard {first['shard']}: {first['state']} {first['error']}")
 
 
 def _say(told: Any, as_json: bool, text: str | None = None) -> None:

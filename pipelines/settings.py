@@ -28,7 +28,7 @@ from ops.ingest import OutageSettings
 from ops.pictures import PictureSettings
 from ops.plan import PlanSettings
 from ops.tokenize import TokensSettings
-from ops.training import TrainSettings
+from ops.training import TokenizerTrainSettings, TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -63,7 +63,7 @@ class Settings:
     """When a shard is put off instead of committed."""
     dvae: DvaeSettings = Field(default_factory=DvaeSettings)
     """The discrete VAE and its loss."""
-    tokenizer_training: TrainSettings = Field(default_factory=TrainSettings)
+    tokenizer_training: TokenizerTrainSettings = Field(default_factory=TokenizerTrainSettings)
     """How the dVAE is trained."""
     tokens: TokensSettings = Field(default_factory=TokensSettings)
     """How pictures become codes."""
@@ -110,11 +110,9 @@ def rows(preset: str | None = None, sets: Sequence[str] = ()) -> Iterator[Settin
     settings = resolve(preset, sets)
     for section in fields(Settings):
         value = getattr(settings, section.name)
-        docs: dict[str, FieldInfo] = type(value).__pydantic_fields__
         for field in fields(value):
             path = f"{section.name}.{field.name}"
-            doc = " ".join((docs[field.name].description or "").split())
-            yield SettingRow(path, getattr(value, field.name), doc, _layer_of(path, layers))
+            yield SettingRow(path, getattr(value, field.name), _doc(type(value), field.name), _layer_of(path, layers))
 
 
 def to_toml(settings: Settings) -> str:
@@ -122,14 +120,22 @@ def to_toml(settings: Settings) -> str:
     out = []
     for section in fields(Settings):
         value = getattr(settings, section.name)
-        docs: dict[str, FieldInfo] = type(value).__pydantic_fields__
         out.append(f"\n[{section.name}]")
         for field in fields(value):
-            out.append(f"# {' '.join((docs[field.name].description or '').split())}")
+            out.append(f"# {_doc(type(value), field.name)}")
             item = getattr(value, field.name)
             # TOML has no null: a value that is None by default is left out.
             out.append(f"# {field.name} is not set" if item is None else f"{field.name} = {_toml_value(item)}")
     return "\n".join(out).lstrip() + "\n"
+
+
+def _doc(section: type, name: str) -> str:
+    # pydantic reads docstrings from a class's own source: those of an inherited field stand in its base.
+    for owner in section.__mro__:
+        known: dict[str, FieldInfo] = vars(owner).get("__pydantic_fields__", {})
+        if name in known and known[name].description:
+            return " ".join((known[name].description or "").split())
+    return ""
 
 
 def _toml_value(value: Any) -> str:

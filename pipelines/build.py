@@ -1,0 +1,37 @@
+"""The whole way as one flow. Read it as the table of contents of the project."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+
+from infra.cluster import Cluster, connect
+from ops.plan import Columns
+from ops.report import write_run_report
+from pipelines.ingest import ingest
+from pipelines.settings import Settings
+from pipelines.stages import Run, record_settings
+from pipelines.tokenize import tokenize
+from pipelines.train import train_tokenizer, train_transformer
+
+
+@flow(name="build", persist_result=False)
+def build(
+    lists: list[str],
+    into: str,
+    settings: Settings,
+    columns: Columns = Columns(),
+    cluster: Cluster = Cluster(),
+    workers: int = 1,
+) -> dict[str, Any]:
+    """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing."""
+    run, s = Run(into), settings
+    record_settings(run, s)
+    with connect(cluster):
+        pairs = ingest(lists, run.pairs, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, cluster)
+        tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, workers)
+        tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)
+        model = train_transformer(run.tokens, run.model, s.transformer, s.transformer_training, cluster, workers)
+    report = task(name="report", persist_result=False)(write_run_report)(into)
+    return {"pairs": pairs, "tokenizer": tokenizer, "tokens": tokens, "model": model, "report": report}

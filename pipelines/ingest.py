@@ -1,0 +1,84 @@
+"""Flows of ingestion: plan the lists and collect what is missing; ask again for what can have changed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from infra.cluster import Cluster, connect
+from infra.store import open_store
+from ops.errors import UsageError
+from ops.fetch import FetchSettings
+from ops.filters import FilterSettings
+from ops.ingest import OutageSettings, pending_tasks, rerun_tasks, start_pairs
+from ops.ingest import ingest as ingest_shards
+from ops.pictures import PictureSettings
+from ops.plan import Columns, Extension, PlanSettings, extend_plan
+from ops.recipes import read_json
+from ops.waves import cluster_cpus, wave_size
+from pipelines.waves import end_state, run_in_waves
+
+
+@flow(name="ingest", persist_result=False)
+def ingest(
+    lists: list[str],
+    into: str,
+    columns: Columns = Columns(),
+    plan: PlanSettings = PlanSettings(),
+    filters: FilterSettings = FilterSettings(),
+    fetch: FetchSettings = FetchSettings(),
+    picture: PictureSettings = PictureSettings(),
+    outage: OutageSettings = OutageSettings(),
+    cluster: Cluster = Cluster(),
+    accept_partial: bool = False,
+) -> dict[str, Any]:
+    """Extends the plan by the lists that are new, then does every shard that is planned and not committed."""
+    store = open_store(into)
+    start_pairs(store, plan, filters, picture)
+    extension: Extension = _plan(into, lists, plan, filters, columns)
+    tasks = pending_tasks(into, extension.instalments, fetch, picture, filters, outage, accept_partial=accept_partial)
+    with connect(cluster):
+        tally = run_in_waves("ingest", ingest_shards(into, tasks), len(tasks), wave_size(cluster_cpus()))
+    told: dict[str, Any] = end_state(into, tally)
+    return told
+
+
+@flow(name="rerun", persist_result=False)
+def rerun(
+    pairs: str,
+    again: Literal["transient", "rejected"] = "transient",
+    shards: list[int] | None = None,
+    fetch: FetchSettings = FetchSettings(),
+    outage: OutageSettings = OutageSettings(),
+    cluster: Cluster = Cluster(),
+) -> dict[str, Any]:
+    """Asks again for the rejected rows of committed shards; each shard that changes gets its next generation."""
+    recipe = read_json(open_store(pairs), "recipe.json")["identity"]
+    picture, filters = PictureSettings(**recipe["picture"]), FilterSettings(**recipe["filters"])
+    tasks = rerun_tasks(pairs, fetch, picture, filters, outage, again=again, shards=shards)
+    with connect(cluster):
+        tally = run_in_waves("rerun", ingest_shards(pairs, tasks), len(tasks), wave_size(cluster_cpus()))
+    told: dict[str, Any] = end_state(pairs, tally)
+    return told
+
+
+@task(name="plan", persist_result=False, cache_policy=NO_CACHE)
+def _plan(into: str, lists: list[str], settings: PlanSettings, filters: FilterSettings, columns: Columns) -> Extension:
+    return extend_plan(open_store(into), lists, settings, filters, columns)
+
+
+def parse_shards(text: str) -> list[int]:
+    """Shards as people write them. Raises UsageError.
+
+    >>> parse_shards("3,7-9")
+    [3, 7, 8, 9]
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.strip().isdigit() and (last or first).strip().isdigit()):
+            raise UsageError(f"--shards {text}: {part!r} is no shard or range of shards.", "Example: --shards 3,7-9")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found

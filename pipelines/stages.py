@@ -1,0 +1,116 @@
+"""The stages of a run: where each lies, what it is made with, and which still have work.
+
+No Prefect and no Ray here: a finished run answers before either starts, and a changed setting is refused as early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.store import join, open_store
+from ops.errors import UsageError
+from ops.ingest import start_pairs
+from ops.lists import find_lists, fingerprint
+from ops.plan import read_instalments
+from ops.recipes import RECIPE
+from ops.shards import committed_generations
+from ops.tokenize import pending_tasks as pending_tokens
+from ops.tokenize import start_tokens
+from ops.trained import latest_checkpoint
+from ops.training import Job, prepare
+from pipelines.settings import Settings, to_toml
+
+SETTINGS = "settings.toml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The directories of one run."""
+
+    location: str
+
+    @property
+    def pairs(self) -> str:
+        """Pictures and captions."""
+        return join(self.location, "pairs")
+
+    @property
+    def tokenizer(self) -> str:
+        """The discrete VAE."""
+        return join(self.location, "tokenizer")
+
+    @property
+    def tokens(self) -> str:
+        """Captions and codes."""
+        return join(self.location, "tokens")
+
+    @property
+    def model(self) -> str:
+        """The transformer."""
+        return join(self.location, "model")
+
+    def tokenizer_job(self, settings: Settings) -> Job:
+        """How this run trains its tokenizer."""
+        return Job("tokenizer", self.pairs, self.tokenizer, settings.dvae, settings.tokenizer_training)
+
+    def transformer_job(self, settings: Settings) -> Job:
+        """How this run trains its transformer."""
+        return Job("transformer", self.tokens, self.model, settings.transformer, settings.transformer_training)
+
+
+def missing_stages(lists: Sequence[str], run: Run, settings: Settings) -> list[str]:
+    """Names of the stages that still have work, in order; empty for a finished run.
+
+    Raises RecipeChanged if a stage that was begun was made with other settings, and BadList for lists that are none.
+    """
+    if not lists:
+        raise UsageError("no list was given.", "Name at least one list file or folder: armchair build LIST --into RUN")
+    missing = []
+    if not _begun(run.pairs):
+        return ["ingest", "train tokenizer", "tokenize", "train transformer", "report"]
+    pairs = open_store(run.pairs)
+    start_pairs(pairs, settings.plan, settings.filters, settings.picture)
+    instalments = read_instalments(pairs)
+    planned = {order.shard for instalment in instalments for order in instalment.work_orders}
+    covered = {planned.sha256 for instalment in instalments for planned in instalment.lists}
+    are_new = any(fingerprint(path.path)[0] not in covered for path in find_lists(lists)[0])
+    if are_new or planned - committed_generations(pairs).keys():
+        missing.append("ingest")
+    if not _is_trained(run.tokenizer_job(settings)):
+        missing.append("train tokenizer")
+    if not _begun(run.tokens):
+        missing.append("tokenize")
+    elif "train tokenizer" not in missing:
+        start_tokens(run.pairs, run.tokenizer, run.tokens, settings.tokens)
+        if pending_tokens(run.pairs, run.tokens, settings.tokens):
+            missing.append("tokenize")
+    if not _is_trained(run.transformer_job(settings)):
+        missing.append("train transformer")
+    if open_store(run.location).stat("report.html") is None:
+        missing.append("report")
+    return missing
+
+
+def _begun(stage: str) -> bool:
+    return open_store(stage).stat(RECIPE) is not None
+
+
+def _is_trained(job: Job) -> bool:
+    if not _begun(job.into):
+        return False
+    prepare(job)
+    latest = latest_checkpoint(open_store(job.into))
+    return latest is not None and latest.step >= job.training.steps
+
+
+def record_settings(run: Run, settings: Settings) -> None:
+    """Writes RUN/settings.toml: `--preset RUN/settings.toml` repeats the run."""
+    open_store(run.location).put(SETTINGS, to_toml(settings).encode(), if_absent=False)
+
+
+def settings_beside(stage: str) -> str | None:
+    """The settings.toml of the run that a stage lies in, for commands on that stage; None where there is none."""
+    path = Path(stage).parent / SETTINGS
+    return str(path) if path.is_file() else None

@@ -1,0 +1,46 @@
+"""Flows of learning: the tokenizer from pictures, the transformer from captions and codes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from prefect import flow
+
+from infra.cluster import Cluster, connect
+from models.dvae import DvaeSettings
+from models.transformer import TransformerSettings
+from ops.training import Job, Place, TokenizerTrainSettings, TrainSettings, train
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@flow(name="train-tokenizer", persist_result=False)
+def train_tokenizer(
+    pairs: str,
+    into: str,
+    dvae: DvaeSettings = DvaeSettings(),
+    training: TokenizerTrainSettings = TokenizerTrainSettings(),
+    cluster: Cluster = Cluster(),
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Trains the discrete VAE on the pictures of PAIRS, from its latest checkpoint on."""
+    with connect(cluster):
+        return asdict(train(Job("tokenizer", pairs, into, dvae, training), Place(workers), _say))
+
+
+@flow(name="train-transformer", persist_result=False)
+def train_transformer(
+    tokens: str,
+    into: str,
+    transformer: TransformerSettings = TransformerSettings(),
+    training: TrainSettings = TrainSettings(),
+    cluster: Cluster = Cluster(),
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Trains the transformer on the captions and codes of TOKENS, from its latest checkpoint on."""
+    with connect(cluster):
+        return asdict(train(Job("transformer", tokens, into, transformer, training), Place(workers), _say))
