@@ -108,12 +108,13 @@ def _read_png(data: bytes) -> Header | None:
         return None
     width, height, _, colour = struct.unpack_from(">IIBB", data, 16)
     has_alpha, orientation = colour in (4, 6), 1
-    at = 8
-    while at + 8 <= len(data):
+    at, name = 8, b""
+    # To the end: cv2 4.14 allocates what a chunk says it has, up to 3.5 GB for a file of 7 kB.
+    while name != b"IEND":
         (length,) = struct.unpack_from(">I", data, at)
         name = data[at + 4 : at + 8]
-        if name == b"IDAT":
-            break
+        if at + 12 + length > len(data):
+            return None
         if name == b"tRNS":
             has_alpha = True
         elif name == b"eXIf":
@@ -230,6 +231,8 @@ def _decode_jpeg(data: bytes, header: Header, at_least_px: int) -> Pixels:
         # strict: libjpeg's warnings are errors. cv2 keeps corrupt pictures and prints to stderr.
         pixels: Pixels = simplejpeg.decode_jpeg(data, min_height=reduced[0], min_width=reduced[1])
     except ValueError as error:
+        if "subsampling" in str(error):  # TurboJPEG knows the usual samplings only, for CMYK one; rare on the web
+            return _decode_pillow(data, header)
         raise _Undecodable from error
     if pixels.shape[:2] != reduced:
         raise _Undecodable
