@@ -214,8 +214,9 @@ def test_tone_variants_weigh_a_third(pictures):
 
 def test_what_the_demo_shows_first_is_in_training(pictures):
     trained = {p.caption for p in pictures if p.split == "train" and p.subset == "core"}
-    wanted = {"the flag of Japan", "the flag of France", "red apple", "blue heart", "grinning face", "pizza", "cat"}
-    assert wanted <= trained
+    flags = {"the flag of Japan", "the flag of France", "the flag of Germany"}
+    things = {"red apple", "blue heart", "grinning face", "crying face", "pizza", "banana", "sunflower", "black cat"}
+    assert flags | things <= trained
 
 
 def test_the_split_does_not_depend_on_the_order_of_drawing(pictures, names):
