@@ -194,8 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
         if sent["Content-Length"] != str(len(body)):
             self.send_header("Connection", "close")
         self._headers_buffer.append(b"\r\n" + body)  # type: ignore[attr-defined]  # one segment for head and body
+        self.web.add_bytes(len(body))  # before the client can have read it
         self.flush_headers()
-        self.web.add_bytes(len(body))
 
     def picture(self, data: bytes) -> None:
         """A 200 with what the bytes are."""
