@@ -43,7 +43,7 @@ SHOWN = (
     "banana",
     "sunflower",
     "black cat",
-    "firefighter, dark skin tone",
+    "firefighter, medium-dark skin tone",
 )
 """Trained prompts on the sheet: what a reader can judge at a glance."""
 

@@ -40,11 +40,8 @@ class DemoSettings:
     pictures: Literal["core", "all"] = "core"
     """Pairs that the transformer trains on: about 1,000 (`core`), or every pair of OpenMoji (`all`; takes longer)."""
 
-    smoke: int = 0
-    """Use only the first this many pictures, to try the whole way in a minute; 0: all. Gates are not checked then."""
-
     gates: bool = True
-    """Whether a score below its gate (DEMO.md) ends the command with exit code 1."""
+    """Whether a score below its gate (ops/demo_summary.py) ends the command with exit code 1."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))

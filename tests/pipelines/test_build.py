@@ -1,0 +1,157 @@
+"""The whole way on a small list of one's own, through the command line, with real Ray, Prefect and a web server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.sampling import SampleSettings
+from ops.demo_scores import gallery
+from ops.demo_summary import GATES, score_demo
+from ops.demo_web import serve
+from ops.openmoji import DemoPicture, describe, list_rows, names, render_files, split, write_list
+from pipelines.settings import resolve
+from pipelines.stages import Run
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+
+REPO = Path(__file__).parents[2]
+ROLES = ("cook", "farmer", "firefighter")
+SETTINGS = ["--preset", "tiny", "--set", 'fetch.allow_private=["127.0.0.0/8"]']
+
+
+@dataclass
+class Built:
+    """A finished run, what made it, and how to go on with it."""
+
+    into: Path
+    listed: Path
+    drawings: Path
+    pictures: list[DemoPicture]
+    environment: dict[str, str]
+
+    def armchair(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipelines", *arguments]
+        return subprocess.run(command, cwd=REPO, env=self.environment, capture_output=True, text=True, timeout=600)
+
+    def json(self, *arguments: str) -> Any:
+        ended = self.armchair(*arguments, "--json")
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """About a hundred drawings: three roles in all genders and tones, and single things."""
+    tmp = tmp_path_factory.mktemp("build")
+    drawings = tmp / "drawings"
+    all_names = names()
+    described = describe(all_names)
+    people = [d for d in described if d.role in ROLES]
+    things = [d for d in described if d.subset == "core" and not d.role][:56]
+    index = render_files(drawings, [d.code for d in people + things])
+    pictures = split(people + things, {code: row["drawing"] for code, row in index.items()})
+    run = Built(tmp / "run", tmp / "list.tsv", drawings, pictures, {**os.environ, "PREFECT_HOME": str(tmp / "prefect")})
+    with serve(drawings) as web:
+        rows = list_rows(pictures, f"{web.url}/pictures")
+        rows += [
+            {**rows[0], "url": f"{web.url}/hostile/{kind}/1", "caption": f"{kind} one"} for kind in ("missing", "bomb")
+        ]
+        write_list(run.listed, rows)
+        ended = run.armchair("build", str(run.listed), "--into", str(run.into), *SETTINGS)
+    assert ended.returncode == 0, ended.stderr
+    return run
+
+
+def test_every_pair_is_accounted_for(built: Built) -> None:
+    told = built.json("status", str(built.into / "pairs"))["pairs"]
+    assert told["planned"] == len(built.pictures) + 2
+    assert told["kept"] == len(built.pictures)
+    assert told["rejected"] == {"http_4xx": 1, "pixels_too_many": 1}
+    for stage in ("pairs", "tokens"):
+        assert built.json("verify", str(built.into / stage), "--deep")["ok"]
+
+
+def test_a_second_call_on_a_finished_run_says_so_before_ray_or_prefect_start(built: Built) -> None:
+    environment = {**built.environment, "RAY_ADDRESS": "127.0.0.1:1", "PREFECT_API_URL": "http://127.0.0.1:1/api"}
+    started = time.monotonic()
+    again = Built(built.into, built.listed, built.drawings, built.pictures, environment)
+    ended = again.armchair("build", str(built.listed), "--into", str(built.into), *SETTINGS)
+    assert ended.returncode == 0, ended.stderr
+    assert "is finished" in ended.stdout
+    print(f"second call: {time.monotonic() - started:.1f} s")
+
+
+def test_the_runs_own_settings_are_a_preset_that_repeats_it(built: Built) -> None:
+    preset = str(built.into / "settings.toml")
+    assert resolve(preset) == resolve("tiny", [SETTINGS[3]])
+    ended = built.armchair("build", str(built.listed), "--into", str(built.into), "--preset", preset)
+    assert "is finished" in ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ("picture.short_side_px=48", "picture.short_side_px: was 32, now 48"),
+        ("dvae.vocabulary=64", "dvae.vocabulary"),
+        ("transformer_training.steps=50", "training.steps: was 40, now 50"),
+    ],
+)
+def test_a_changed_setting_is_refused_with_was_and_now(built: Built, changed: str, told: str) -> None:
+    ended = built.armchair("build", str(built.listed), "--into", str(built.into), *SETTINGS, "--set", changed)
+    assert ended.returncode == 2, ended.stdout
+    assert told in ended.stderr
+
+
+def test_prompts_become_pictures(built: Built, tmp_path: Path) -> None:
+    model, sheet = str(built.into / "model"), tmp_path / "cook.png"
+    told = built.json("generate", model, "cook, dark skin tone", "-n", "3", "--into", str(sheet))
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    again = built.json("generate", model, "cook, dark skin tone", "-n", "3", "--into", str(tmp_path / "again.png"))
+    assert (tmp_path / "again.png").read_bytes() == sheet.read_bytes(), "the same seed draws the same pictures"
+    assert told["model"] == again["model"]
+
+
+def test_the_report_is_one_file_without_outside_references(built: Built) -> None:
+    page = (built.into / "report.html").read_text()
+    assert "http_4xx" in page
+    assert 'src="http' not in page
+    assert "<link" not in page
+
+
+def test_the_demos_scores_are_read_off_a_finished_run(built: Built) -> None:
+    real = gallery(built.pictures, built.drawings)
+    run = Run(str(built.into))
+    scored = score_demo(run.pairs, run.tokens, run.model, real, SampleSettings(), seed=0)
+    assert scored.samples["tone"]["true"] > 0.8, "the pictures themselves show their tones"
+    assert scored.samples["concept_at_5"]["ceiling"] >= scored.samples["concept_at_5"]["shifted_captions"]
+    assert scored.transformer["compositions"] == sum(p.held == "composition" for p in built.pictures)
+    seconds = {"training_cpu": 1.0, "sampling_cpu_a_picture": scored.sampling_cpu_a_picture}
+    summary = {"tokenizer": scored.tokenizer, "transformer": scored.transformer, "samples": scored.samples}
+    assert all(isinstance(gate.holds({**summary, "seconds": seconds}), bool) for gate in GATES)
+    assert not GATES[0].holds({"tokenizer": {"psnr_db": float("nan")}})
+    assert scored.sheet.startswith(b"\x89PNG")
+
+
+def test_a_longer_list_extends_the_pairs_and_the_tokens(built: Built) -> None:
+    """The trained stages keep their snapshot; last, because it grows the run."""
+    with serve(built.drawings) as web:
+        longer = built.listed.with_name("more.tsv")
+        rows = [{"url": f"{web.url}/generated/{n}.jpg", "caption": f"drawing number {n}"} for n in range(30)]
+        write_list(longer, rows)
+        lists = [str(built.listed), str(longer)]
+        told = built.json("build", *lists, "--into", str(built.into), *SETTINGS)
+    assert told["pairs"]["pairs"]["kept"] == 30
+    assert told["tokenizer"]["was_done"]
+    assert told["model"]["was_done"]
+    pairs = built.json("status", str(built.into / "pairs"))["pairs"]
+    assert pairs["kept"] == len(built.pictures) + 30
+    assert built.json("verify", str(built.into / "tokens"), "--deep")["pairs"] == pairs["kept"]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import app, main
+
+REPO = Path(__file__).parents[2]
+
+
+def armchair(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs the command line in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["armchair", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    code = ended.value.code
+    return code if isinstance(code, int) else 0
+
+
+def commands() -> list[str]:
+    top = [name for name in app if not name.startswith("-") and name != "train"]
+    return [*top, *(f"train {name}" for name in app["train"] if not name.startswith("-"))]
+
+
+def test_readme_tells_every_command() -> None:
+    readme = (REPO / "README.md").read_text()
+    assert [name for name in commands() if f"`armchair {name}" not in readme] == []
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_has_help_for_each_parameter(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert armchair(monkeypatch, *command.split(), "--help") == 0
+    told = capsys.readouterr().out
+    assert "Usage: armchair" in told
+    assert "Parameters" in told or "Arguments" in told
+
+
+def test_help_answers_in_a_blink() -> None:
+    """No promise about this machine's speed, but none of the heavy imports: see test_house. Here: well under them."""
+    started = time.process_time()
+    subprocess.run([sys.executable, "-m", "pipelines", "--help"], cwd=REPO, check=True, capture_output=True)
+    assert time.process_time() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["build", "none.tsv", "--into", "{tmp}/run"], 2, r"none\.tsv"),
+        (["build", "--into", "{tmp}/run"], 2, "no list was given"),
+        (["build", "{list}", "--into", "{tmp}/run", "--preset", "demmo"], 2, r"Did you mean demo\?"),
+        (["build", "{list}", "--into", "{tmp}/run", "--set", "dvae.vocab=3"], 2, r"did you mean dvae\.vocabulary\?"),
+        (["build", "{list}", "--into", "{list}"], 3, "is a file"),
+        (["build", "{list}", "--into", "s3://bucket/run"], 3, "only local paths"),
+        (["status", "{tmp}/nothing"], 2, "nothing is planned"),
+        (["generate", "{tmp}/nothing", "a cat"], 2, "nothing"),
+        (["rerun", "{tmp}/nothing", "--shards", "3-x"], 2, "no shard or range"),
+        (["train", "tokenizer", "{tmp}/nothing", "--into", "{tmp}/dvae"], 2, "nothing"),
+        (["demo", "--into", "s3://bucket/demo"], 2, "Use a local --into"),
+        (["settings", "--set", "fetch.retries=-1"], 2, r"fetch\.retries"),
+    ],
+)
+def test_bad_input_ends_with_its_code_and_a_line_that_helps(
+    arguments: list[str],
+    code: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    listed = tmp_path / "list.tsv"
+    listed.write_text("url\tcaption\nhttp://127.0.0.1:9/1.jpg\ta cat\n")
+    monkeypatch.chdir(tmp_path)
+    filled = [argument.format(tmp=tmp_path, list=listed) for argument in arguments]
+    assert armchair(monkeypatch, *filled) == code
+    captured = capsys.readouterr()
+    assert re.search(told, captured.err), captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_settings_are_told_with_value_doc_and_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert armchair(monkeypatch, "settings", "--preset", "demo", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["dvae.vocabulary"]["value"] == 256
+    assert told["dvae.vocabulary"]["layer"] == "preset demo.toml"
+    assert told["dvae.vocabulary"]["doc"]
