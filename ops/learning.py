@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from infra.store import Store, open_store
 from models.dvae import Dvae, DvaeSettings, dvae_loss, evaluate_batch, perplexity_and_used, psnr_db
-from models.sampling import SampleSettings, sample
+from models.sampling import sample
 from models.schedules import half_cosine
 from models.text import CaptionTokenizer, train_bpe
 from models.transformer import Transformer, TransformerSettings
@@ -221,10 +221,13 @@ def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker)
         text_BT = captions.encode(prompts, T).to(worker.device)
         seeds = [derived_seed("sheet", training.seed, number) for number in range(len(prompts))]
         with torch.no_grad():
-            drawn = to_pixels(dvae.decode(sample(model, text_BT, SampleSettings(), seeds)))
+            drawn = to_pixels(dvae.decode(sample(model, text_BT, job.sampling, seeds)))
         cells = [Cell(pixels, prompt) for pixels, prompt in zip(drawn, prompts, strict=True)]
         half = -(-len(cells) // 2)
-        return draw_sheet([cells[:half], cells[half:]], "the same prompts and seeds at every checkpoint, temperature 1")
+        return draw_sheet(
+            [cells[:half], cells[half:]],
+            f"the same prompts and seeds at every checkpoint, temperature {job.sampling.temperature}",
+        )
 
     about = {"kind": "transformer", "settings": asdict(settings), "bpe": sha256(bpe), "tokenizer": tokenizer}
     objective = {

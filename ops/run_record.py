@@ -128,6 +128,9 @@ class Heartbeat:
         if found is not None and found["run"] != self._run:
             self.taken_by, self.must_stop = found, True
             return
+        if found is not None and found["state"] != "running":  # its driver has ended already
+            self.must_stop = True
+            return
         if self._store.stat(STOP) is not None and json.loads(self._store.read(STOP))["run"] == self._run:
             self.must_stop = True
         _put(self._store, self._run, "running", dict(self.facts))

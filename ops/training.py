@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, field, replace
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from infra.store import Store, absolute, open_store
 from models.dvae import DvaeSettings
+from models.sampling import SampleSettings
 from models.schedules import Shape
 from models.transformer import TransformerSettings
 from ops.errors import ArmchairError, Diverged, StorageError
@@ -138,13 +139,17 @@ class Place:
 
 @plain_dataclass(frozen=True)
 class Job:
-    """What to train, from what, into where. `source` is PAIRS (tokenizer) or TOKENS (transformer)."""
+    """What to train, from what, into where. `source` is PAIRS (tokenizer) or TOKENS (transformer).
+
+    `sampling` is how the transformer's sheets are drawn at its checkpoints; it decides nothing else.
+    """
 
     kind: Literal["tokenizer", "transformer"]
     source: str
     into: str
     model: DvaeSettings | TransformerSettings
     training: TrainSettings
+    sampling: SampleSettings = field(default_factory=SampleSettings)
 
 
 @plain_dataclass(frozen=True)
@@ -198,10 +203,12 @@ def train_here(job: Job, threads: int | None = None, stop_after: int | None = No
     prepare(job)
     run = secrets.token_hex(6)
     claim_run(into, run)
+    state = "stopped"
     try:
         run_loop(job, Worker(threads=threads), run, stop_after)
+        state = "stopped" if stop_after else "done"
     finally:
-        end_run(into, run, "stopped")
+        end_run(into, run, state)
     latest = latest_checkpoint(into)
     if latest is None:
         raise StorageError(f"{job.into}: the run ended before its first checkpoint.", "Run the same command again.")
@@ -283,7 +290,7 @@ def _fit_once(job: Job, place: Place, run: str, failures: list[BaseException]) -
     with tempfile.TemporaryDirectory(prefix="ray-train-") as directory:
         trainer = TorchTrainer(
             _on_ray,
-            train_loop_config={"job": replace_locations(job), "place": place, "run": run},
+            train_loop_config={"job": absolute_job(job), "place": place, "run": run},
             scaling_config=ScalingConfig(num_workers=place.workers, use_gpu=place.gpu, resources_per_worker={"CPU": 1}),
             torch_config=TorchConfig(backend="nccl" if place.gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
             run_config=RunConfig(name=run, storage_path=directory),
@@ -294,7 +301,7 @@ def _fit_once(job: Job, place: Place, run: str, failures: list[BaseException]) -
             failures.append(error)
 
 
-def replace_locations(job: Job) -> Job:
+def absolute_job(job: Job) -> Job:
     """The job with absolute paths: a Ray worker has another working directory."""
     return replace(job, source=absolute(job.source), into=absolute(job.into))
 

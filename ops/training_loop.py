@@ -74,6 +74,7 @@ class _Run:
     ema: Ema | None
     heart: Heartbeat | None
     last_good: int | None
+    begun_cpu_s: float
     rows: list[dict[str, Any]]
 
     @property
@@ -99,6 +100,7 @@ def run_loop(job: Job, worker: Worker, run: str, stop_after: int | None = None) 
     Raises Diverged at the first step whose loss or gradient is not finite, before it touches the weights; RunAlive if
     another run took the directory over. Returns early if it was asked to stop.
     """
+    begun_cpu_s = time.process_time()
     store, settings = open_store(job.into), job.training
     if worker.threads is not None:
         torch.set_num_threads(worker.threads)
@@ -118,7 +120,7 @@ def run_loop(job: Job, worker: Worker, run: str, stop_after: int | None = None) 
         _restore(store, checkpoint, learning, optimizer, ema)
     first = checkpoint.step if checkpoint else None
     with Heartbeat(store, run) if worker.rank == 0 else contextlib.nullcontext() as heart:
-        _steps(_Run(job, worker, store, learning, optimizer, ema, heart, first, []), stop_after)
+        _steps(_Run(job, worker, store, learning, optimizer, ema, heart, first, begun_cpu_s, []), stop_after)
         if heart is not None:
             heart.raise_if_taken()
 
@@ -136,7 +138,7 @@ def _steps(this: _Run, stop_after: int | None) -> None:
     if first == 0 and worker.rank == 0:
         this.rows.append(_evaluate(this, 0))
     interval: list[_Update] = []
-    marked_s, marked_wait_s = time.perf_counter(), 0.0
+    marked_s, marked_wait_s, marked_cpu_s = time.perf_counter(), 0.0, this.begun_cpu_s
     with Prefetch(batch, first, last) as batches:
         for step in range(first, last):
             update = _update(this, batches.take(), step)
@@ -148,7 +150,9 @@ def _steps(this: _Run, stop_after: int | None) -> None:
             if done % settings.log_every == 0 or is_checkpoint:
                 now_s = time.perf_counter()
                 row = _row(interval, done, now_s - marked_s, batches.waited_s - marked_wait_s)
-                this.rows.append(row | {"learning_rate": rate(settings, step)})
+                # The CPU time of this process since the last row, evaluations and checkpoints between them included.
+                cpu_s, marked_cpu_s = time.process_time() - marked_cpu_s, time.process_time()
+                this.rows.append(row | {"learning_rate": rate(settings, step), "cpu_s": cpu_s})
                 if this.heart is not None:
                     this.heart.facts = _progress(row, settings.steps)
                 if is_checkpoint:
