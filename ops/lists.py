@@ -369,7 +369,7 @@ def _read_json(stream: IO[bytes], label: str) -> Iterator[_Object]:
             try:
                 value, end = decoder.raw_decode(text, at)
             except ValueError as error:
-                if len(text) - at < 64 << 20 and more():
+                if len(text) - at < 16 << 20 and more():
                     continue
                 raise BadList(label, line, f"is not JSON: {error}") from error
             if not isinstance(value, dict):

@@ -184,7 +184,7 @@ def extend_plan(
         labels = {planned.label for instalment in instalments for planned in instalment.lists}
         skipped: list[str] = []
         changed: list[str] = []
-        todo: dict[str, tuple[ListPath, int, Any]] = {}
+        todo: dict[str, tuple[ListPath, int, tuple[int, int, int]]] = {}
         for path, digest, size, mark in prints:
             if digest in covered or digest in todo:
                 skipped.append(path.label)
@@ -204,7 +204,7 @@ def extend_plan(
 
 def _plan(
     store: Store,
-    todo: dict[str, tuple[ListPath, int, Any]],
+    todo: dict[str, tuple[ListPath, int, tuple[int, int, int]]],
     instalments: Sequence[Instalment],
     settings: PlanSettings,
     filters: FilterSettings,
@@ -248,7 +248,7 @@ def _publish(store: Store, rows: pa.Table, shard: int, settings: PlanSettings, s
     width = max(4, len(str(settings.pairs_per_shard - 1)))
     keys = pa.array([f"{shard:05d}{row:0{width}d}" for row in range(len(rows))], pa.string())
     file = scratch / "work-order.parquet"
-    # One row group, no statistics of long texts: a work order is always read whole.
+    # One row group: a work order is always read whole.
     pq.write_table(rows.add_column(0, "key", keys), file, compression="zstd", row_group_size=len(rows))
     digest = file_sha256(file)
     key = f"{PLAN}{shard:05d}-{digest[:16]}.parquet"
