@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from infra.store import open_store
+from ops.errors import StorageError, UnknownFormat, UsageError
+from ops.shards import read_receipts
+from ops.snapshot import SNAPSHOT, read_snapshot, source_fingerprint, take_snapshot
+from tests.ops.conftest import Learned, MakePairs
+from tests.small_runs import write_pair_shard
+
+
+def test_a_snapshot_is_read_back_as_it_was_written(make_pairs: MakePairs, tmp_path: Path) -> None:
+    snapshot = take_snapshot(open_store(str(make_pairs())), "pictures", {"colour": ["red", "blue"]})
+    into = open_store(str(tmp_path / "into"))
+    into.put(SNAPSHOT, snapshot.to_json())
+    assert read_snapshot(into) == snapshot
+    assert read_snapshot(into).digest == snapshot.digest
+
+
+def test_a_snapshot_counts_what_where_and_split_select(make_pairs: MakePairs) -> None:
+    store = open_store(str(make_pairs()))
+    everything = take_snapshot(store, "pictures", {})
+    kept = sum(receipt.kept for receipt in read_receipts(store).values())
+    assert everything.rows() + everything.rows("held_out") == kept == 64
+    by_colour = [take_snapshot(store, "pictures", {"colour": c}) for c in ("red", "green", "blue", "yellow")]
+    assert sum(snapshot.rows() for snapshot in by_colour) == everything.rows()
+    two = take_snapshot(store, "pictures", {"colour": ["red", "green"]})
+    assert two.rows() == by_colour[0].rows() + by_colour[1].rows()
+
+
+def test_the_crops_of_a_picture_count_once(learned: Learned) -> None:
+    pictures = take_snapshot(open_store(str(learned.pairs)), "pictures", {})
+    codes = take_snapshot(open_store(str(learned.tokens)), "codes", {})
+    assert (codes.rows(), codes.rows("held_out")) == (pictures.rows(), pictures.rows("held_out"))
+
+
+def test_a_column_that_the_lists_did_not_have_is_refused_with_those_they_had(make_pairs: MakePairs) -> None:
+    with pytest.raises(UsageError, match=r"no column 'color'.*colour"):
+        take_snapshot(open_store(str(make_pairs())), "pictures", {"color": "red"})
+
+
+def test_a_selection_of_nothing_is_refused(make_pairs: MakePairs) -> None:
+    with pytest.raises(UsageError, match="no pictures to train on where"):
+        take_snapshot(open_store(str(make_pairs())), "pictures", {"colour": "mauve"})
+
+
+def test_a_place_that_is_no_stage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no pairs"):
+        source_fingerprint(open_store(str(tmp_path / "nowhere")))
+
+
+def test_the_fingerprint_of_a_stage_stays_while_it_grows(make_pairs: MakePairs) -> None:
+    pairs = make_pairs(shards=1)
+    before = source_fingerprint(open_store(str(pairs)))
+    write_pair_shard(pairs, 1, list(range(40, 60)))
+    assert source_fingerprint(open_store(str(pairs))) == before
+
+
+def test_a_shard_of_another_tokenizer_among_the_codes_is_named(learned: Learned, tmp_path: Path) -> None:
+    tokens = shutil.copytree(learned.tokens, tmp_path / "tokens")
+    path = tokens / "receipts" / "00001.g0.json"
+    receipt = json.loads(path.read_bytes())
+    receipt["made_from"]["tokenizer"] = "c" * 64
+    path.write_text(json.dumps(receipt))
+    with pytest.raises(StorageError, match="shard 00001 were made by tokenizer cccc"):
+        take_snapshot(open_store(str(tokens)), "codes", {})
+
+
+def test_a_snapshot_of_a_later_version_is_refused_in_words(learned: Learned, tmp_path: Path) -> None:
+    into = open_store(str(tmp_path / "into"))
+    into.put(SNAPSHOT, json.dumps({"format": 99}).encode())
+    with pytest.raises(UnknownFormat, match="99"):
+        read_snapshot(into)
