@@ -30,7 +30,8 @@ def reason(rejected: Rejected | None) -> str | None:
         (None, "caption_missing"), ("", "caption_missing"), (" \n", "caption_missing"),
         ("ox", "caption_short"), (" a ", "caption_short"), ("x" * 1001, "caption_long"),
         ("caf\ufffd au lait", "caption_encoding"), ("a cat\0", "caption_encoding"),
-        ("half \ud83d pair", "caption_encoding"), ("red \x1b[31m text", "caption_encoding"), ("\ufffd", "caption_encoding"),
+        ("half \ud83d pair", "caption_encoding"),
+        ("red \x1b[31m text", "caption_encoding"), ("\ufffd", "caption_encoding"),
     ],
 )  # fmt: skip
 def test_captions_are_judged_before_anything_is_fetched(caption: str | None, why: str | None) -> None:
