@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -118,8 +119,9 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
         return (settings.vocabulary * summed[:-1] / summed[-1].clamp(min=1.0)).clamp(min=1e-12).log()
 
     def initialise() -> None:
-        if settings.logit_std is not None:
-            rows = list(reader.rows(0, INITIALISE_PICTURES))
+        # Rows thinned by their weight are holes: look further for as many pictures.
+        rows = list(islice(reader.rows(0, 20 * INITIALISE_PICTURES), INITIALISE_PICTURES))
+        if settings.logit_std is not None and rows:
             dvae.initialise_on(images(rows, crop=training.random_crops, flip=training.flips).to(worker.device))
 
     shown_rows, on = _fixed_rows(reader, max(training.evaluate_pictures, SHEET_PICTURES))

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infra.cluster import REPO
+from infra.store import open_store
+from models.dvae import dvae_loss
+from ops.errors import DamagedArtifact, Diverged, RecipeChanged, RunAlive, UsageError
+from ops.learning import LEARN
+from ops.run_record import ask_to_stop, claim_run, end_run, read_run
+from ops.snapshot import read_snapshot, take_snapshot
+from ops.trained import latest_checkpoint, load_weights, read_checkpoint_file, read_metrics
+from ops.training import Job, Place, prepare, train, train_here
+from ops.training_loop import Worker, run_loop
+from tests.ops.conftest import Learned, MakePairs
+from tests.small_runs import (
+    TOKENIZER_TRAINING,
+    TRANSFORMER_TRAINING,
+    tokenizer_job,
+    transformer_job,
+    write_pair_shard,
+)
+
+
+def _job(learned: Learned, kind: str, into: Path, **changed: Any) -> Job:
+    if kind == "tokenizer":
+        return tokenizer_job(learned.pairs, into, replace(TOKENIZER_TRAINING, **changed))
+    return transformer_job(learned.tokens, into, replace(TRANSFORMER_TRAINING, **changed))
+
+
+def _digests(into: Path) -> dict[str, str]:
+    """Weights, averaged weights and training state of the latest checkpoint."""
+    checkpoint = latest_checkpoint(open_store(str(into)))
+    assert checkpoint is not None
+    return {name: ref.sha256 for name, ref in checkpoint.files.items()}
+
+
+def _without_clocks(into: Path) -> list[dict[str, Any]]:
+    clocks = {"steps_per_s", "waited_share", "cpu_s"}
+    return [
+        {name: value for name, value in row.items() if name not in clocks}
+        for row in read_metrics(open_store(str(into)))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_a_run_that_stopped_and_went_on_ends_with_the_weights_of_an_undisturbed_one(
+    learned: Learned, tmp_path: Path, kind: str
+) -> None:
+    undisturbed = {"tokenizer": learned.tokenizer, "transformer": learned.model}[kind]
+    job = _job(learned, kind, tmp_path / "stopped")
+    first = train_here(job, threads=1, stop_after=13)  # three updates past the checkpoint, done again below
+    assert first.step == 10
+    assert train_here(job, threads=1).step == 20
+    assert _digests(tmp_path / "stopped") == _digests(undisturbed)
+    assert _without_clocks(tmp_path / "stopped") == _without_clocks(undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_a_run_killed_between_its_files_and_its_receipt_goes_on_from_the_checkpoint_before(
+    learned: Learned, tmp_path: Path, kind: str
+) -> None:
+    finished = {"tokenizer": learned.tokenizer, "transformer": learned.model}[kind]
+    into = shutil.copytree(finished, tmp_path / "killed")
+    expected = _digests(into)
+    (into / "steps" / "0000020" / "receipt.json").unlink()
+    (into / "metrics" / "0000020.jsonl").write_text('{"kind": "train", "step": 15, "loss": -1.0}\n')
+    assert [row["step"] for row in read_metrics(open_store(str(into)))] == [0, 5, 10, 10]
+    train_here(_job(learned, kind, into), threads=1)
+    assert _digests(into) == expected
+    assert all(row.get("loss") != -1.0 for row in read_metrics(open_store(str(into))))
+
+
+def test_evaluation_is_logged_from_step_0_and_each_checkpoint_has_a_sheet(learned: Learned) -> None:
+    for stage, names in (
+        (
+            learned.tokenizer,
+            {"psnr_db", "bits_per_dim", "perplexity", "used_fraction", "hard_minus_relaxed_nats_per_dim"},
+        ),
+        (learned.model, {"image_nats_per_code", "information_gain_nats_per_code", "text_nats_per_token"}),
+    ):
+        store = open_store(str(stage))
+        evaluations = [row for row in read_metrics(store) if row["kind"] == "evaluation"]
+        assert [row["step"] for row in evaluations] == [0, 10, 20]
+        assert all(names <= row.keys() and row["on"] == "held_out" for row in evaluations)
+        assert [entry.key for entry in store.list("sheets/")] == ["sheets/0000010.png", "sheets/0000020.png"]
+
+
+def test_learning_learns(learned: Learned, tmp_path: Path) -> None:
+    train_here(_job(learned, "tokenizer", tmp_path / "t", steps=60, checkpoint_every=60), threads=1)
+    rows = [row for row in read_metrics(open_store(str(tmp_path / "t"))) if row["kind"] == "evaluation"]
+    assert rows[-1]["bits_per_dim"] < rows[0]["bits_per_dim"] - 1
+    assert rows[-1]["psnr_db"] > rows[0]["psnr_db"] + 3
+
+
+def test_a_finished_stage_returns_at_once_and_needs_no_ray(learned: Learned) -> None:
+    before = {path: path.stat().st_mtime_ns for path in learned.model.rglob("*") if path.is_file()}
+    trained = train(_job(learned, "transformer", learned.model), Place())
+    assert trained.was_done
+    assert trained.step == 20
+    assert trained.evaluation["step"] == 20
+    assert {path: path.stat().st_mtime_ns for path in learned.model.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_are_refused_field_by_field_and_those_that_change_no_weight_are_not(learned: Learned) -> None:
+    with pytest.raises(RecipeChanged) as refused:
+        prepare(_job(learned, "tokenizer", learned.tokenizer, learning_rate=1e-3, flips=False))
+    assert "training.learning_rate: was 0.004, now 0.001" in str(refused.value)
+    assert "training.flips: was True, now False" in str(refused.value)
+    prepare(_job(learned, "tokenizer", learned.tokenizer, checkpoint_every=7, log_every=1, evaluate_pictures=2))
+
+
+def test_a_source_that_grew_changes_nothing_for_a_run_that_began(learned: Learned, tmp_path: Path) -> None:
+    pairs = shutil.copytree(learned.pairs, tmp_path / "pairs")
+    job = tokenizer_job(pairs, tmp_path / "into")
+    train_here(job, threads=1, stop_after=10)
+    write_pair_shard(pairs, 2, list(range(80, 120)))
+    train_here(job, threads=1)
+    assert _digests(tmp_path / "into") == _digests(learned.tokenizer)
+    pinned = read_snapshot(open_store(str(tmp_path / "into"))).rows()
+    assert take_snapshot(open_store(str(pairs)), "pictures", {}).rows() > pinned
+
+
+def test_what_can_be_refused_is_refused_before_a_recipe_is_written(learned: Learned, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    for job, words in (
+        (_job(learned, "tokenizer", into, where={"colour": "mauve"}), "no pictures to train on"),
+        (tokenizer_job(tmp_path / "nowhere", into), "holds no pairs"),
+        (
+            replace(_job(learned, "transformer", into), model=replace(transformer_job(into, into).model, grid=8)),
+            "grid = 4",
+        ),
+    ):
+        with pytest.raises(UsageError, match=words):
+            prepare(job)
+    assert not into.exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_touches_the_weights(learned: Learned, tmp_path: Path) -> None:
+    into = shutil.copytree(learned.tokenizer, tmp_path / "into")
+    (into / "steps" / "0000020" / "receipt.json").unlink()
+    state = into / "steps" / "0000010" / "model.safetensors"
+    tensors, about = load_weights(state.read_bytes(), "")
+    tensors["decoder.output.bias"].fill_(math.nan)
+    _replace_file(into, "0000010", "model.safetensors", tensors, about)
+    with pytest.raises(Diverged) as ended:
+        train_here(_job(learned, "tokenizer", into), threads=1)
+    assert ended.value.args == (str(into), 11, 10)
+    assert latest_checkpoint(open_store(str(into))).step == 10  # type: ignore[union-attr]
+
+
+def _replace_file(into: Path, step: str, name: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Writes a checkpoint's weights anew, and its receipt to match."""
+    from ops.recipes import file_sha256
+    from ops.trained import save_weights
+
+    path = into / "steps" / step / name
+    save_weights(path, tensors, about)
+    receipt = into / "steps" / step / "receipt.json"
+    content = json.loads(receipt.read_bytes())
+    content["files"][name] |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    receipt.write_text(json.dumps(content))
+
+
+def test_a_damaged_checkpoint_is_named_and_not_trained_on(learned: Learned, tmp_path: Path) -> None:
+    into = shutil.copytree(learned.model, tmp_path / "into")
+    (into / "steps" / "0000020" / "receipt.json").unlink()
+    path = into / "steps" / "0000010" / "state.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedArtifact, match=r"0000010/state\.pt"):
+        train_here(_job(learned, "transformer", into), threads=1)
+
+
+def test_only_the_newest_checkpoints_stay_and_every_sheet_does(learned: Learned, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    train_here(
+        _job(learned, "transformer", into, checkpoint_every=4, keep_checkpoints=2, evaluate_pictures=0), threads=1
+    )
+    assert sorted(path.name for path in (into / "steps").iterdir() if any(path.iterdir())) == ["0000016", "0000020"]
+    assert len(list((into / "sheets").iterdir())) == 5
+    assert [row["step"] for row in read_metrics(open_store(str(into))) if row["kind"] == "train"] == [
+        4, 5, 8, 10, 12, 15, 16, 20,
+    ]  # fmt: skip
+
+
+def test_a_batch_of_holes_only_is_no_step(make_pairs: MakePairs, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    job = tokenizer_job(
+        make_pairs(weight=1e-9), into, replace(TOKENIZER_TRAINING, steps=2, checkpoint_every=2, ema=0.0)
+    )
+    train_here(job, threads=1)
+    store = open_store(str(into))
+    checkpoint = latest_checkpoint(store)
+    assert checkpoint is not None
+    weights, _ = load_weights(read_checkpoint_file(store, checkpoint, "model.safetensors"), "")
+    untouched = LEARN["tokenizer"](job, store, read_snapshot(store), Worker()).model.state_dict()
+    assert all(torch.equal(weights[name], untouched[name]) for name in untouched)
+
+
+def test_the_usage_term_has_the_value_and_the_gradient_of_the_batch_statistic(learned: Learned) -> None:
+    job = tokenizer_job(learned.pairs, learned.tokenizer)
+    store = open_store(str(learned.tokenizer))
+    learning = LEARN["tokenizer"](job, store, read_snapshot(store), Worker())
+    images_BCHW, seeds_B = learning.batch(0, 8)
+
+    def gradients(objective: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(objective, list(learning.model.parameters()), allow_unused=True))
+
+    total, codes = learning.measure((images_BCHW, seeds_B), 3)["usage"]
+    expected = dvae_loss(learning.model, images_BCHW, seeds_B, 3).usage_loss  # type: ignore[arg-type]
+    assert float(total.detach()) / codes == pytest.approx(float(expected.detach()), rel=1e-5)
+    for mine, its in zip(gradients(total / codes), gradients(expected), strict=True):
+        assert (mine is None) == (its is None)
+        if its is not None:
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-7)
+
+
+def test_a_second_training_on_a_directory_is_refused_while_the_first_lives(learned: Learned, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    job = _job(learned, "tokenizer", into)
+    prepare(job)
+    claim_run(open_store(str(into)), "the-first")
+    with pytest.raises(RunAlive, match=f"process {os.getpid()}"):
+        train_here(job)
+    with pytest.raises(RunAlive):
+        train(job, Place())
+
+
+def test_a_run_that_finds_anothers_name_in_the_record_stops(learned: Learned, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    job = _job(learned, "tokenizer", into)
+    prepare(job)
+    claim_run(open_store(str(into)), "another")
+    with pytest.raises(RunAlive):
+        run_loop(job, Worker(), "mine")
+    assert latest_checkpoint(open_store(str(into))) is None
+
+
+def test_a_run_that_is_asked_to_stop_ends_without_an_error(learned: Learned, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    job, store = _job(learned, "tokenizer", into), open_store(str(into))
+    prepare(job)
+    claim_run(store, "mine")
+    ask_to_stop(store, "mine")
+    run_loop(job, Worker(), "mine")
+    assert latest_checkpoint(store) is None
+    end_run(store, "mine", "stopped")
+    train_here(job, threads=1)
+    assert _digests(into) == _digests(learned.tokenizer)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.small_runs import transformer_job
+from ops.training import train_here
+train_here(transformer_job(Path(sys.argv[1]), Path(sys.argv[2])), threads=1)
+"""
+
+
+def test_a_process_that_is_killed_while_it_trains_leaves_a_run_that_goes_on(learned: Learned, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(learned.tokens), str(into)], cwd=REPO)
+    receipt = into / "steps" / "0000010" / "receipt.json"
+    while not receipt.exists():
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train_here(transformer_job(learned.tokens, into), threads=1)  # at once: the record's process is dead
+    assert _digests(into) == _digests(learned.model)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_two_workers_follow_the_path_of_one(ray_cluster: None, make_pairs: MakePairs, tmp_path: Path) -> None:
+    # An odd batch and holes: the workers' parts differ in size.
+    training = replace(TOKENIZER_TRAINING, steps=4, batch=7, checkpoint_every=4, log_every=1, evaluate_pictures=0)
+    pairs = make_pairs(weight=0.7)
+    one, two = (tokenizer_job(pairs, tmp_path / name, training) for name in ("one", "two"))
+    train_here(one, threads=1)
+    lines: list[str] = []
+    trained = train(two, Place(workers=2, threads=1), lines.append)
+    assert trained.step == 4
+    assert lines[-1].split() == ["tokenizer", "4/4", "steps", "done"]
+    for mine, its in zip(_without_clocks(tmp_path / "one"), _without_clocks(tmp_path / "two"), strict=True):
+        assert mine.keys() == its.keys()
+        for name, value in mine.items():
+            assert its[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (mine["step"], name)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced_and_the_weights_do_not_tell(
+    ray_cluster: None, learned: Learned, tmp_path: Path
+) -> None:
+    changed = {"steps": 300, "checkpoint_every": 50, "evaluate_pictures": 0}
+    here, there = (_job(learned, "transformer", tmp_path / name, **changed) for name in ("here", "there"))
+    killed: list[int] = []
+
+    def kill_the_worker() -> None:
+        receipt = tmp_path / "there" / "steps" / "0000050" / "receipt.json"
+        while not receipt.exists():
+            time.sleep(0.005)
+        record = read_run(open_store(there.into))
+        assert record is not None
+        os.kill(record["pid"], signal.SIGKILL)
+        killed.append(record["pid"])
+
+    killer = threading.Thread(target=kill_the_worker, daemon=True)
+    killer.start()
+    lines: list[str] = []
+    train(there, Place(workers=1, threads=1), lines.append)
+    killer.join(10)
+    assert killed
+    assert killed[0] != os.getpid()
+    assert any("a worker died" in line for line in lines)
+    train_here(here, threads=1)
+    assert _digests(tmp_path / "there") == _digests(tmp_path / "here")
+    assert read_run(open_store(there.into))["state"] == "done"  # type: ignore[index]
