@@ -22,7 +22,6 @@ from urllib.request import urlopen
 
 from infra.store import LocalStore
 from ops.ingest import ingest_shard
-from ops.recipes import versions
 from ops.shards import committed_generations
 from tests.pairs import pending
 
@@ -62,8 +61,6 @@ def ingest_in_child(store: LocalStore, kill_at: int | None, when: str, result: P
 
 
 def main(planned: Path, where: Path, counts_url: str) -> None:
-    versions()  # asks git once, and not in every child
-
     def asked() -> int:
         with urlopen(counts_url) as answer:
             return sum(json.load(answer).values())
@@ -73,6 +70,8 @@ def main(planned: Path, where: Path, counts_url: str) -> None:
 
     where.mkdir()
     result = where / "result.json"
+    # Once in this process: what is imported at first use is there in every child.
+    assert [ingest_shard(task).state for task in pending(copy("at-first"))] == ["committed"]
     assert ingest_in_child(copy("undisturbed"), None, "", result) == 0
     for n in range(1, json.loads(result.read_text())["calls"] + 1):
         for when in ("before", "after"):
