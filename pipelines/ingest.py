@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 from prefect import flow, task
@@ -9,14 +10,14 @@ from prefect.cache_policies import NO_CACHE
 
 from infra.cluster import Cluster, connect
 from infra.store import open_store
-from ops.errors import UsageError
+from ops.errors import BadList, UsageError
 from ops.fetch import FetchSettings
 from ops.filters import FilterSettings
 from ops.ingest import OutageSettings, pending_tasks, rerun_tasks, start_pairs
 from ops.ingest import ingest as ingest_shards
 from ops.pictures import PictureSettings
-from ops.plan import Columns, Extension, PlanSettings, extend_plan
-from ops.recipes import read_json
+from ops.plan import Columns, Extension, PlanSettings, extend_plan, read_instalments
+from ops.recipes import RECIPE, read_json
 from ops.waves import cluster_cpus, wave_size
 from pipelines.waves import end_state, run_in_waves
 
@@ -37,12 +38,21 @@ def ingest(
     """Extends the plan by the lists that are new, then does every shard that is planned and not committed."""
     store = open_store(into)
     start_pairs(store, plan, filters, picture)
-    extension: Extension = _plan(into, lists, plan, filters, columns)
+    try:
+        extension: Extension = _plan(into, lists, plan, filters, columns)
+    except BadList:
+        if not read_instalments(store):
+            store.delete(RECIPE)  # nothing was made with these settings: other ones may follow
+        raise
+    for label in extension.changed:
+        print(f"ingest      {label}: its bytes changed since it was planned; skipped", file=sys.stderr)
+    for label in extension.passed_over:
+        print(f"ingest      {label}: no list by its name; passed over", file=sys.stderr)
     tasks = pending_tasks(into, extension.instalments, fetch, picture, filters, outage, accept_partial=accept_partial)
     with connect(cluster):
         tally = run_in_waves("ingest", ingest_shards(into, tasks), len(tasks), wave_size(cluster_cpus()))
     told: dict[str, Any] = end_state(into, tally)
-    return told
+    return told | {"lists": {"changed": extension.changed, "passed_over": extension.passed_over}}
 
 
 @flow(name="rerun", persist_result=False)
@@ -55,7 +65,7 @@ def rerun(
     cluster: Cluster = Cluster(),
 ) -> dict[str, Any]:
     """Asks again for the rejected rows of committed shards; each shard that changes gets its next generation."""
-    recipe = read_json(open_store(pairs), "recipe.json")["identity"]
+    recipe = read_json(open_store(pairs), RECIPE)["identity"]
     picture, filters = PictureSettings(**recipe["picture"]), FilterSettings(**recipe["filters"])
     tasks = rerun_tasks(pairs, fetch, picture, filters, outage, again=again, shards=shards)
     with connect(cluster):
