@@ -26,6 +26,7 @@ from ops.ingest import OutageSettings, ingest, ingest_shard, start_pairs
 from ops.plan import PlanSettings, read_instalments
 from ops.shards import read_receipts, tar_members
 from ops.waves import ShardOutcome
+from tests.kills import kill_rounds
 from tests.pairs import (
     FETCH,
     FILTERS,
@@ -362,6 +363,13 @@ def test_a_kill_before_or_after_each_write_of_a_shard_loses_nothing(tmp_path: Pa
     for kill in kills:
         assert_conserved(LocalStore(Path(kill["store"])), pairs)
         assert kill["asked_again"] == (0 if kill["had_receipt"] else len(pairs)), kill
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_kills_of_worker_driver_and_worker_lose_and_double_nothing(tmp_path: Path, web: DemoWeb) -> None:
+    """`make chaos` does twenty of these rounds."""
+    kill_rounds(tmp_path, web, ["worker", "driver", "worker"], shards=6, pairs_per_shard=40, delay_ms=80, seed=1)
 
 
 @pytest.mark.cluster
