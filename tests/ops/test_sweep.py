@@ -1,0 +1,100 @@
+"""`sweep` removes what nothing names and what is old, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.store import TEMPORARY, LocalStore
+from ops.demo_web import DemoWeb, serve
+from ops.errors import DamagedArtifact
+from ops.ingest import ingest_shard
+from ops.shards import GRACE_S, read_receipts
+from ops.sweep import sweep
+from tests.pairs import assert_conserved, generated, pending, plan, reruns
+
+OLD = ("data/00000-0123456789abcdef.tar", "plan/00000-0123456789abcdef.parquet", f"data/{TEMPORARY}0f-00000.tar")
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[DemoWeb]:
+    with serve(tmp_path) as web:
+        yield web
+
+
+@pytest.fixture
+def pairs(web: DemoWeb) -> list[tuple[str, str]]:
+    return [*generated(web.url, range(7)), (f"{web.url}/hostile/heals_later/1", "a shy picture")]
+
+
+@pytest.fixture
+def store(tmp_path: Path, pairs: list[tuple[str, str]]) -> LocalStore:
+    store = LocalStore(tmp_path / "pairs")
+    plan(store, tmp_path / "list.tsv", pairs, pairs_per_shard=4)
+    for task in pending(store):
+        ingest_shard(task)
+    return store
+
+
+def make_old(store: LocalStore) -> None:
+    """All that is there was written before the grace time."""
+    for path in store.root.rglob("*"):
+        if path.is_file():
+            os.utime(path, (store.clock_s() - GRACE_S - 60,) * 2)
+
+
+def test_old_files_that_nothing_names_go_and_all_others_stay(store: LocalStore, pairs: list[tuple[str, str]]) -> None:
+    for key in OLD:
+        (store.root / key).write_bytes(b"left by a killed attempt")
+    make_old(store)
+    (store.root / "data/00001-0123456789abcdef.tar").write_bytes(b"an attempt of now")
+    before = {entry.key for entry in store.list()}
+    assert set(sweep(store)) == set(OLD)
+    assert {entry.key for entry in store.list()} == before - set(OLD)
+    assert_conserved(store, pairs)
+    assert sweep(store) == []
+
+
+def test_superseded_generations_stay_unless_asked_for(store: LocalStore, pairs: list[tuple[str, str]]) -> None:
+    first = read_receipts(store)
+    while tasks := reruns(store):
+        for task in tasks:
+            ingest_shard(task)
+    (shard,) = (shard for shard, receipt in read_receipts(store).items() if receipt.generation)
+    make_old(store)
+    assert sweep(store) == []
+    removed = sweep(store, superseded=True)
+    assert first[shard].key in removed
+    assert {ref.key for ref in first[shard].files.values()} <= set(removed)
+    assert_conserved(store, pairs)
+
+
+def test_a_generation_superseded_within_the_grace_stays_for_those_who_read_it(store: LocalStore) -> None:
+    make_old(store)
+    for task in reruns(store):
+        ingest_shard(task)
+    assert sweep(store, superseded=True) == []
+
+
+def test_nothing_is_removed_where_a_receipt_can_not_be_read(store: LocalStore) -> None:
+    """It might name anything."""
+    (store.root / OLD[0]).write_bytes(b"left")
+    store.put("receipts/00001.g0.json", b"half a rec", if_absent=False)
+    make_old(store)
+    with pytest.raises(DamagedArtifact):
+        sweep(store)
+    assert (store.root / OLD[0]).exists()
+
+
+def test_a_shard_is_made_again_after_its_receipt_was_deleted_and_its_files_swept(
+    store: LocalStore, pairs: list[tuple[str, str]]
+) -> None:
+    store.delete("receipts/00000.g0.json")
+    make_old(store)
+    assert all(key.startswith("data/00000-") for key in sweep(store))
+    for task in pending(store):
+        ingest_shard(task)
+    assert_conserved(store, pairs)
