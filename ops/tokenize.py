@@ -33,7 +33,7 @@ from ops.shards import (
     publish,
     read_receipt,
     read_receipts,
-    read_table,
+    read_verified,
     receipt_key,
     scratch_directory,
     sidecar_schema,
@@ -174,12 +174,16 @@ def _kept_rows(sidecar: Path) -> pa.Table:
 
 def _earlier(store: Store, task: TokenizeTask) -> Earlier:
     """(uid, k) -> (crop, codes) of the generation before, if the same tokenizer made it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     if task.generation == 0:
         return {}
     before = read_receipt(store, task.shard, task.generation - 1)
     if before.made_from["tokenizer"] != task.tokenizer:
         return {}
-    table = read_table(store, before, columns=["uid", "k", "crop", "codes"])
+    with pq.ParquetFile(pa.BufferReader(read_verified(store, before.files["parquet"]))) as file:
+        table = file.read(columns=["uid", "k", "crop", "codes"])
     codes_MN = _matrix(table["codes"], table.num_rows)
     crops = [(crop["x"], crop["y"], crop["side"]) for crop in table["crop"].to_pylist()]
     keys = zip(table["uid"].to_pylist(), table["k"].to_pylist(), strict=True)

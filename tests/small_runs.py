@@ -97,7 +97,7 @@ def write_pair_shard(
 ) -> Receipt:
     """Commits a pair shard of drawn pictures. Every fifth row is a rejected one, every eighth kept one is held out."""
     store = open_store(str(location))
-    start_stage(store, "pairs", {"picture": asdict(PictureSettings(short_side_px=side))}, {}, "")
+    start_stage(store, "pairs", {"picture": asdict(PictureSettings(short_side_px=32))}, {}, "")
     rows, members, statuses = [], [], []
     for row, number in enumerate(numbers):
         caption, pixels = drawn(number, side)
