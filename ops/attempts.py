@@ -29,7 +29,8 @@ HEARTBEAT_S = 20.0
 ALIVE_S = 3 * HEARTBEAT_S
 """A running attempt whose record is older than this is dead."""
 
-State = Literal["running", "committed", "already", "deferred", "failed", "died"]
+State = Literal["running", "committed", "already", "deferred", "failed", "died", "interrupted"]
+"""`died` is the driver's word about a killed worker; `interrupted` is a cancelled task's own."""
 
 _NAME = re.compile(r"attempts/(\d{5,})\.g(\d+)-([0-9a-f]+)\.json")
 
@@ -46,7 +47,8 @@ class AttemptName:
 class Attempt:
     """One attempt at one shard, as a `with` block around the work: written at its start, replaced at its end.
 
-    The block calls `end(state, …)`; a block that is left by an exception ends as `failed` with its class and text.
+    The block calls `end(state, …)`; a block that is left by an exception ends as `failed` with its class and text, or
+    as `interrupted` by Ctrl-C or a cancellation.
     `internal` collects tracebacks of pairs that failed inside our own code; `rows_done` shows in the heartbeats.
     """
 
@@ -88,7 +90,12 @@ class Attempt:
     ) -> None:
         if error is not None:
             text = "".join(traceback.format_exception(error))
-            self.end("failed", error=type(error).__name__, text=str(error), traceback=text)
+            self.end(
+                "failed" if isinstance(error, Exception) else "interrupted",
+                error=type(error).__name__,
+                text=str(error),
+                traceback=text,
+            )
         self._ended.set()
         self._heart.join()
 

@@ -26,8 +26,9 @@ def status(store: Store, *, alive_s: float = ALIVE_S) -> dict[str, Any]:
 
     `shards`: planned = committed + running + deferred + failed + interrupted + untried, each shard once: one without a
     receipt is running if an attempt gave a sign of life in the last `alive_s` seconds, else it is what its last
-    attempt ended as; interrupted means killed. `pairs`: planned in all, `kept` and `rejected` in committed shards.
-    `alive`: attempts under way, reruns included. `unfinished`: the deferred, failed and interrupted, with the reason.
+    attempt ended as; interrupted means that its command was killed or cancelled. `pairs`: planned in all, `kept` and
+    `rejected` in committed shards. `alive`: attempts under way, reruns included. `unfinished`: the deferred, failed
+    and interrupted, with the reason.
     Raises UsageError where nothing is planned.
     """
     instalments = read_instalments(store)
@@ -57,8 +58,10 @@ def status(store: Store, *, alive_s: float = ALIVE_S) -> dict[str, Any]:
         silent_s = now_s - name.entry.modified_s
         if state == "running" and silent_s <= alive_s:
             alive.append({**_told(record), "rows_done": record["rows_done"], "silent_s": round(silent_s, 1)})
-        elif state in ("running", "died"):
+        elif state == "running":
             state = "interrupted"
+        elif state == "died":
+            state = "failed"
         elif state in ("committed", "already"):
             state = "untried"  # its receipt is gone: somebody deleted it to have the shard made again
         if generation == 0:

@@ -103,7 +103,7 @@ def _check_bytes(store: Store, receipt: Receipt, order: WorkOrder | None) -> Ite
                 download(store, receipt.files[extension], path)
             planned = read_work_order(store, order) if order else None
             with pq.ParquetFile(files["parquet"]) as file:
-                groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+                groups = tuple(filter(None, (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))))
                 table = file.read()
         except (DamagedArtifact, pa.ArrowException, KeyError) as error:
             yield str(error)

@@ -43,6 +43,8 @@ def test_each_shard_is_counted_once_under_what_it_is(store: LocalStore, tmp_path
     store.put(tasks[2].work_order.key, b"torn", if_absent=False)
     with pytest.raises(Exception, match="damaged"):
         ingest_shard(tasks[2])
+    with pytest.raises(KeyboardInterrupt), Attempt(store, "pairs", 5, 0, "a run"):
+        raise KeyboardInterrupt
     with Attempt(store, "pairs", 3, 0, "a run"):  # left without an end: what a kill leaves
         pass
     killed = next(store.root.glob("attempts/00003.*"))
@@ -51,13 +53,13 @@ def test_each_shard_is_counted_once_under_what_it_is(store: LocalStore, tmp_path
         attempt.rows_done = 7
         told = status(store)
     assert told["shards"] == {
-        "planned": 6, "committed": 1, "running": 1, "deferred": 1, "failed": 1, "interrupted": 1, "untried": 1,
+        "planned": 6, "committed": 1, "running": 1, "deferred": 1, "failed": 1, "interrupted": 2, "untried": 0,
     }  # fmt: skip
     assert [(alive["shard"], alive["run"], alive["pid"]) for alive in told["alive"]] == [
         (4, "another run", os.getpid())
     ]
     assert [(left["shard"], left["state"]) for left in told["unfinished"]] == [
-        (1, "deferred"), (2, "failed"), (3, "interrupted"),
+        (1, "deferred"), (2, "failed"), (3, "interrupted"), (5, "interrupted"),
     ]  # fmt: skip
     assert told["pairs"]["planned"] == 24
     assert told["pairs"]["kept"] + sum(told["pairs"]["rejected"].values()) == 4
