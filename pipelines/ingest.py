@@ -51,8 +51,9 @@ def ingest(
     tasks = pending_tasks(into, extension.instalments, fetch, picture, filters, outage, accept_partial=accept_partial)
     with connect(cluster):
         tally = run_in_waves("ingest", ingest_shards(into, tasks), len(tasks), wave_size(cluster_cpus()))
-    told: dict[str, Any] = end_state(into, tally)
-    return told | {"lists": {"changed": extension.changed, "passed_over": extension.passed_over}}
+    lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}
+    told: dict[str, Any] = end_state(into, tally, lists=lists_left)
+    return told
 
 
 @flow(name="rerun", persist_result=False)

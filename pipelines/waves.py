@@ -76,6 +76,8 @@ class Progress:
 def run_in_waves(stage: str, outcomes: Iterator[ShardOutcome], total: int, wave_size: int) -> Tally:
     """Consumes the outcomes of `total` shards, one Prefect task for each `wave_size` of them."""
     tally = Tally(total)
+    if not total:
+        return tally
     progress = Progress(stage, total)
 
     def consume() -> dict[str, int]:
@@ -93,12 +95,13 @@ def run_in_waves(stage: str, outcomes: Iterator[ShardOutcome], total: int, wave_
     return tally
 
 
-def end_state(location: str, tally: Tally) -> Any:
+def end_state(location: str, tally: Tally, **facts: Any) -> Any:
     """The flow's final state: Completed, CompletedWithFailures (deferred or failed shards remain), or Failed (all).
 
-    Untyped, because a flow that returns a state gives its caller the state's data (here the tally as JSON values).
+    Untyped, because a flow that returns a state gives its caller the state's data (here the tally
+    as JSON values, and `facts`).
     """
-    told = tally.as_json()
+    told = tally.as_json() | facts
     left = len(tally.unfinished)
     if not left:
         return Completed(data=told)
