@@ -176,4 +176,5 @@ def test_on_ray_the_bytes_are_the_same(ray_cluster: None, learned: Learned, tmp_
     start_tokens(str(learned.pairs), str(learned.tokenizer), str(tokens), TOKENS)
     outcomes = list(tokenize(str(tokens), pending_tasks(str(learned.pairs), str(tokens), TOKENS)))
     assert sorted((outcome.shard, outcome.state) for outcome in outcomes) == [(0, "committed"), (1, "committed")]
-    assert read_receipts(open_store(str(tokens))) == read_receipts(open_store(str(learned.tokens)))
+    mine, its = (read_receipts(open_store(str(stage))) for stage in (tokens, learned.tokens))
+    assert {n: receipt.files for n, receipt in mine.items()} == {n: receipt.files for n, receipt in its.items()}
