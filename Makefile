@@ -31,3 +31,7 @@ chaos: setup
 
 demo: setup
 	$(BIN)/armchair demo
+
+# Both sides of a claim about speed, alternating in one run; the last line is one JSON object.
+bench: setup
+	$(BIN)/python -m tests.bench.$(or $(STAGE),sample)

@@ -70,11 +70,11 @@ def draw_sheet(rows: Sequence[Sequence[Cell]], title: str = "", cell_px: int = 9
             y = title_px + MARGIN_PX + r * (side + label_px + MARGIN_PX)
             picture = Image.fromarray(cell.pixels).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (x, y))
-            lines = textwrap.wrap(_printable(cell.label), max(8, side * 2 // FONT_PX))[:LABEL_LINES]
+            lines = textwrap.wrap(_printable(cell.label), max(8, side // 6))[:LABEL_LINES]
             draw.multiline_text((x, y + side + 1), "\n".join(lines), fill=INK, font=font, spacing=2)
     return png(np.asarray(sheet))
 
 
 def _printable(text: str) -> str:
-    # The font that comes with Pillow has Latin letters only; others would be drawn as boxes.
-    return " ".join(text.encode("latin-1", "replace").decode("latin-1").split())
+    # The font that comes with Pillow has Latin letters and dashes only; others would be drawn as boxes.
+    return " ".join(text.encode("cp1252", "replace").decode("cp1252").split())
