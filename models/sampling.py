@@ -76,10 +76,11 @@ def draw(logits_BV: Tensor, settings: SampleSettings, uniform_B: Tensor) -> Tens
     """
     if settings.temperature == 0.0:
         return logits_BV.argmax(dim=1)
-    weights_BV = torch.softmax(logits_BV.double() / settings.temperature, dim=1)
     if settings.top_k:
-        kth_B1 = weights_BV.topk(min(settings.top_k, weights_BV.shape[1]), dim=1).values[:, -1:]
-        weights_BV = weights_BV.masked_fill(weights_BV < kth_B1, 0.0)
+        # By logit, not by probability: two logits may differ where their probabilities round to one number.
+        kth_B1 = logits_BV.topk(min(settings.top_k, logits_BV.shape[1]), dim=1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+    weights_BV = torch.softmax(logits_BV.double() / settings.temperature, dim=1)
     if settings.top_p < 1.0:
         weights_BV = _nucleus(weights_BV, settings.top_p)
     cumulated_BV = weights_BV.cumsum(dim=1)
