@@ -60,8 +60,8 @@ class TrainSettings:
     """How the rate falls: half a cosine; not at all; or "wsd", constant and then linear over the last fifth."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5_000
     """Updates of linear warm-up."""
-    decay_steps: Count | None = None
-    """Updates until the final rate is reached, warm-up included. Unset: all steps."""
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the updates, warm-up included, after which the final rate is reached."""
     adam_beta1: Share = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Share = 0.96
@@ -108,8 +108,8 @@ class TokenizerTrainSettings(TrainSettings):
     """Learning rate that the schedule ends with."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Updates of linear warm-up."""
-    decay_steps: Count | None = 1_200_000
-    """Updates until the final rate is reached, warm-up included. Unset: all steps."""
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """Share of the updates, warm-up included, after which the final rate is reached (1,200,000 of 3,000,000)."""
     adam_beta2: Share = 0.999
     """Decay of AdamW's second moment."""
     weight_decay: NotNegative = 1e-4

@@ -220,7 +220,7 @@ def rate(settings: TrainSettings, step: int) -> float:
         step,
         peak=settings.learning_rate,
         final=settings.final_learning_rate,
-        steps=settings.decay_steps or settings.steps,
+        steps=max(1, round(settings.decay_share * settings.steps)),
         warmup_steps=settings.warmup_steps,
         shape=settings.schedule,
     )

@@ -24,8 +24,9 @@ from ops.learning import LEARN
 from ops.run_record import ask_to_stop, claim_run, end_run, read_run
 from ops.snapshot import read_snapshot, take_snapshot
 from ops.trained import latest_checkpoint, load_weights, read_checkpoint_file, read_metrics
-from ops.training import Job, Place, prepare, train, train_here
-from ops.training_loop import Worker, run_loop
+from ops.training import Job, Place, TokenizerTrainSettings, prepare, train, train_here
+from ops.training_loop import Worker, rate, run_loop
+from pipelines.settings import PRESETS, resolve
 from tests.ops.conftest import Learned, MakePairs
 from tests.small_runs import (
     TOKENIZER_TRAINING,
@@ -98,6 +99,19 @@ def test_evaluation_is_logged_from_step_0_and_each_checkpoint_has_a_sheet(learne
         assert [row["step"] for row in evaluations] == [0, 10, 20]
         assert all(names <= row.keys() and row["on"] == "held_out" for row in evaluations)
         assert [entry.key for entry in store.list("sheets/")] == ["sheets/0000010.png", "sheets/0000020.png"]
+
+
+def test_the_rate_is_the_papers_and_every_preset_ends_with_its_final_one() -> None:
+    paper = TokenizerTrainSettings()
+    assert rate(paper, 0) == pytest.approx(1e-4)
+    assert rate(paper, 600_000) == pytest.approx((1e-4 + 1.25e-6) / 2)  # half a cosine: half-way at half of the steps
+    assert rate(paper, 1_200_000) == rate(paper, 2_999_999) == 1.25e-6
+    for preset in PRESETS.glob("*.toml"):
+        settings = resolve(preset.stem)
+        for training in (settings.tokenizer_training, settings.transformer_training):
+            assert rate(training, training.warmup_steps) == pytest.approx(training.learning_rate, rel=0.01)
+            middle = rate(training, (training.warmup_steps + training.steps) // 2)
+            assert middle == pytest.approx((training.learning_rate + training.final_learning_rate) / 2, rel=0.05)
 
 
 def test_learning_learns(learned: Learned, tmp_path: Path) -> None:
