@@ -1,4 +1,5 @@
-"""Rounds of SIGKILL against an ingest on Ray: of the driver or of a worker, at random moments.
+"""Rounds of SIGKILL against an ingest on Ray, at random moments: of a worker, of the driver, or of the `machine`: the
+driver with all of its Ray at once. (Workers outlive their driver long enough to commit a small shard.)
 
 A round waits until the server counted a request that was made after the round began, then a random time, then kills.
 When all shards are committed before the rounds are over, a fresh directory with fresh pictures is taken.
@@ -124,7 +125,7 @@ def kill(pid: int) -> None:
 def kill_rounds(
     folder: Path, web: DemoWeb, victims: list[str], shards: int, pairs_per_shard: int, *, delay_ms: int, seed: int
 ) -> int:
-    """Kills once for each of `victims` (`driver` or `worker`), then runs to the end; returns the directories used.
+    """Kills once for each of `victims` (`worker`, `driver` or `machine`), then runs to the end; returns the directories used.
 
     Raises AssertionError if a pair is lost or doubled, or one of a committed shard is asked for again.
     """
@@ -145,7 +146,7 @@ def kill_rounds(
                     number += 1
                     ground = Ground.new(folder, web, number, shards, pairs_per_shard, delay_ms)
                 continue
-            if waiting.pop(0) == "driver":
+            if waiting.pop(0) != "worker":
                 driver.end()
                 driver = None
             ground.note_committed(web)
@@ -171,8 +172,10 @@ def strike(driver: Driver, store: LocalStore, web: DemoWeb, victim: str, chance:
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 0.8))
     driver.note_family()
-    if victim == "driver":
+    if victim != "worker":
         kill(driver.process.pid)
+        for member in driver.family if victim == "machine" else ():
+            kill(member)
         return driver.process.wait() == -signal.SIGKILL
     while driver.process.poll() is None:
         if workers := driver.workers(store):

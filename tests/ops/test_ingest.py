@@ -367,9 +367,9 @@ def test_a_kill_before_or_after_each_write_of_a_shard_loses_nothing(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_kills_of_worker_driver_and_worker_lose_and_double_nothing(tmp_path: Path, web: DemoWeb) -> None:
+def test_kills_of_worker_and_machine_lose_and_double_nothing(tmp_path: Path, web: DemoWeb) -> None:
     """`make chaos` does twenty of these rounds."""
-    kill_rounds(tmp_path, web, ["worker", "driver", "worker"], shards=6, pairs_per_shard=40, delay_ms=80, seed=1)
+    kill_rounds(tmp_path, web, ["worker", "machine", "worker"], shards=6, pairs_per_shard=40, delay_ms=80, seed=1)
 
 
 @pytest.mark.cluster
