@@ -55,9 +55,9 @@ class Learning:
     """One model, ready to be trained.
 
     `batch(start, stop)` reads the positions start … stop - 1 without holes; None if only holes are left. It runs in
-    another thread, one step ahead. `measure(batch, step)` gives the sums named in `measures`, and is called on every
-    rank at every step, with None for a part that is all holes. The objective is the sum
-    of weight · mean over `objective`. `evaluate(model, step)` is called with the weights that would be published.
+    another thread, ahead of the step. `measure(batch, step)` gives the sums named in `measures`; it is called on every
+    rank at every step, with None for a part that is all holes. The objective is the sum of weight · mean over
+    `objective`. `evaluate(model, step)` and `sheet(model)` get the weights that would be published.
     """
 
     model: nn.Module

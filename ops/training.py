@@ -284,24 +284,25 @@ def _fit(job: Job, place: Place, run: str, say: Callable[[str], None]) -> None:
 
 
 def _fit_once(job: Job, place: Place, run: str, failures: list[BaseException]) -> None:
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    try:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
 
-    with tempfile.TemporaryDirectory(prefix="ray-train-") as directory:
-        trainer = TorchTrainer(
-            _on_ray,
-            train_loop_config={"job": absolute_job(job), "place": place, "run": run},
-            scaling_config=ScalingConfig(num_workers=place.workers, use_gpu=place.gpu, resources_per_worker={"CPU": 1}),
-            torch_config=TorchConfig(backend="nccl" if place.gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-            run_config=RunConfig(name=run, storage_path=directory),
-        )
-        try:
-            trainer.fit()
-        except BaseException as error:  # carried to the thread that waits
-            failures.append(error)
+        scaling = ScalingConfig(num_workers=place.workers, use_gpu=place.gpu, resources_per_worker={"CPU": 1})
+        backend = TorchConfig(backend="nccl" if place.gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S)
+        with tempfile.TemporaryDirectory(prefix="ray-train-") as directory:
+            TorchTrainer(
+                _on_ray,
+                train_loop_config={"job": _absolute(job), "place": place, "run": run},
+                scaling_config=scaling,
+                torch_config=backend,
+                run_config=RunConfig(name=run, storage_path=directory),
+            ).fit()
+    except BaseException as error:  # carried to the thread that waits
+        failures.append(error)
 
 
-def absolute_job(job: Job) -> Job:
+def _absolute(job: Job) -> Job:
     """The job with absolute paths: a Ray worker has another working directory."""
     return replace(job, source=absolute(job.source), into=absolute(job.into))
 
@@ -313,22 +314,16 @@ def _worker_failures(error: BaseException) -> list[BaseException]:
 
 
 def _workers_died(error: BaseException) -> bool:
-    """Whether infrastructure ended the run, and not our own code."""
-    causes = [_unwrapped(failure) for failure in _worker_failures(error)]
-    return bool(causes) and not any(isinstance(cause, ArmchairError) for cause in causes)
+    """Whether infrastructure ended the run. Ranks that lose a peer in a sum over ranks see a RuntimeError of torch."""
+    failures = _worker_failures(error)
+    return bool(failures) and all(
+        type(failure).__module__.startswith("ray.") or isinstance(failure, RuntimeError) for failure in failures
+    )
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Our own exception out of Ray Train's wrappings, or the outermost one."""
-    for failure in _worker_failures(error):
-        cause = _unwrapped(failure)
-        if isinstance(cause, ArmchairError):
-            return cause
-    return error
-
-
-def _unwrapped(error: BaseException) -> BaseException:
-    return error
+    """Our own exception out of Ray Train's wrapping, or the whole of it with its tracebacks."""
+    return next((failure for failure in _worker_failures(error) if isinstance(failure, ArmchairError)), error)
 
 
 def progress_line(stage: str, record: Mapping[str, Any]) -> str:

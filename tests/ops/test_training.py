@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import ops.training
 from infra.cluster import REPO
 from infra.store import open_store
 from models.dvae import dvae_loss
@@ -35,6 +37,10 @@ from tests.small_runs import (
     transformer_job,
     write_pair_shard,
 )
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(ops.training).failed == 0
 
 
 def _job(learned: Learned, kind: str, into: Path, **changed: Any) -> Job:
