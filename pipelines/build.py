@@ -32,6 +32,8 @@ def build(
         pairs = ingest(lists, run.pairs, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, cluster)
         tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, workers)
         tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)
-        model = train_transformer(run.tokens, run.model, s.transformer, s.transformer_training, cluster, workers)
+        model = train_transformer(
+            run.tokens, run.model, s.transformer, s.transformer_training, s.sampling, cluster, workers
+        )
     report = task(name="report", persist_result=False)(write_run_report)(into)
     return {"pairs": pairs, "tokenizer": tokenizer, "tokens": tokens, "model": model, "report": report}

@@ -232,7 +232,7 @@ def transformer(
     from pipelines.train import train_transformer as flow
 
     s = _settings(preset, sets)
-    told = flow(tokens, into, s.transformer, s.transformer_training, _cluster(cpus), workers)
+    told = flow(tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), workers)
     _say(told, json, show_trained(told))
 
 
@@ -243,7 +243,9 @@ def generate(
     n: Annotated[int, Parameter(name=["-n", "--pictures"], help="Pictures a prompt.")] = 9,
     seed: int = 0,
     into: Annotated[str | None, Parameter(help="PNG file of the sheet; default: MODEL/../pictures/PROMPT.png.")] = None,
-    tokenizer: Annotated[str | None, Parameter(help="Directory of the tokenizer; default: MODEL/../tokenizer.")] = None,
+    tokenizer: Annotated[
+        str | None, Parameter(help="Directory of a tokenizer; default: the one MODEL carries.")
+    ] = None,
     preset: Preset = None,
     sets: Sets = (),
     json: Json = False,

@@ -57,7 +57,8 @@ class Run:
 
     def transformer_job(self, settings: Settings) -> Job:
         """How this run trains its transformer."""
-        return Job("transformer", self.tokens, self.model, settings.transformer, settings.transformer_training)
+        training, sampling = settings.transformer_training, settings.sampling
+        return Job("transformer", self.tokens, self.model, settings.transformer, training, sampling)
 
 
 def missing_stages(lists: Sequence[str], run: Run, settings: Settings) -> list[str]:

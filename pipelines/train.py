@@ -10,6 +10,7 @@ from prefect import flow
 
 from infra.cluster import Cluster, connect
 from models.dvae import DvaeSettings
+from models.sampling import SampleSettings
 from models.transformer import TransformerSettings
 from ops.training import Job, Place, TokenizerTrainSettings, TrainSettings, train
 
@@ -38,9 +39,13 @@ def train_transformer(
     into: str,
     transformer: TransformerSettings = TransformerSettings(),
     training: TrainSettings = TrainSettings(),
+    sampling: SampleSettings = SampleSettings(),
     cluster: Cluster = Cluster(),
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Trains the transformer on the captions and codes of TOKENS, from its latest checkpoint on."""
+    """Trains the transformer on the captions and codes of TOKENS, from its latest checkpoint on.
+
+    `sampling` is for the sheets on the way and decides nothing else.
+    """
     with connect(cluster):
-        return asdict(train(Job("transformer", tokens, into, transformer, training), Place(workers), _say))
+        return asdict(train(Job("transformer", tokens, into, transformer, training, sampling), Place(workers), _say))
