@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from infra.store import Store, open_store
+from infra.store import Store, absolute, open_store
 from ops.attempts import Attempt, count_deferrals
 from ops.errors import DamagedArtifact
 from ops.fetch import Fetched, Fetcher, FetchSettings
@@ -124,7 +124,7 @@ def pending_tasks(
     the same shard."""
     done = committed_generations(open_store(location))
     run = secrets.token_hex(6)
-    here = location if "://" in location else str(Path(location).absolute())  # a worker has another directory
+    here = absolute(location)  # a worker has another directory
     tasks = [
         IngestTask(here, order, fetch, picture, filters, outage, accept_partial=accept_partial, run=run)
         for instalment in instalments
@@ -152,7 +152,7 @@ def rerun_tasks(
     orders = {order.shard: order for instalment in read_instalments(store) for order in instalment.work_orders}
     wanted = None if shards is None else set(shards)
     run = secrets.token_hex(6)
-    here = location if "://" in location else str(Path(location).absolute())  # a worker has another directory
+    here = absolute(location)  # a worker has another directory
     return [
         IngestTask(here, orders[shard], fetch, picture, filters, outage, receipt.generation + 1, again=again, run=run)
         for shard, receipt in read_receipts(store).items()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from models.schedules import half_cosine
 from models.text import CaptionTokenizer, train_bpe
 from models.transformer import Transformer, TransformerSettings
 from ops.errors import DamagedArtifact, UsageError
+from ops.jobs import Job, TokenizerTrainSettings, Worker
 from ops.pictures import decode_stored, tokenizer_crop
 from ops.reader import Codes, Reader, Row, codes_reader, pictures_reader
 from ops.recipes import sha256
@@ -32,10 +33,6 @@ from ops.seeds import derived_seed, derived_share
 from ops.sheets import Cell, draw_sheet, to_pixels
 from ops.snapshot import HELD_OUT, TRAIN, Snapshot
 from ops.trained import BPE, load_tokenizer, tokenizer_digest
-
-if TYPE_CHECKING:
-    from ops.training import Job, TokenizerTrainSettings
-    from ops.training_loop import Worker
 
 T = TypeVar("T")
 
@@ -277,8 +274,6 @@ def codes_of(rows: Sequence[Row[Codes]]) -> Tensor:
 
 
 def _tokenizer_training(job: Job) -> TokenizerTrainSettings:
-    from ops.training import TokenizerTrainSettings
-
     assert isinstance(job.training, TokenizerTrainSettings)
     return job.training
 

@@ -11,29 +11,18 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, field, replace
-from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from infra.store import Store, absolute, open_store
-from models.dvae import DvaeSettings
-from models.sampling import SampleSettings
-from models.schedules import Shape
-from models.transformer import TransformerSettings
 from ops.errors import ArmchairError, Diverged, StorageError
+from ops.jobs import Job, Place, Worker
 from ops.learning import check_fit, make_bpe
 from ops.recipes import start_stage
 from ops.run_record import HEARTBEAT_S, ask_to_stop, claim_run, end_run, read_run
 from ops.snapshot import SNAPSHOT, Kind, read_snapshot, source_fingerprint, take_snapshot
 from ops.trained import Checkpoint, freeze_tokenizer, latest_checkpoint, read_metrics, tokenizer_digest
-from ops.training_loop import Worker, run_loop
-
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0.0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+from ops.training_loop import run_loop
 
 NOT_IDENTITY = ("checkpoint_every", "keep_checkpoints", "log_every", "evaluate_pictures", "prompts")
 """Training settings that do not change the weights: they may differ when a run goes on."""
@@ -44,115 +33,7 @@ COLLECTIVE_TIMEOUT_S = 1800
 """The other ranks wait this long while rank 0 evaluates and writes a checkpoint."""
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
-class TrainSettings:
-    """How a model is trained. The defaults are the paper's transformer (App. B.2)."""
-
-    steps: Count = 430_000
-    """Updates."""
-    batch: Count = 1_024
-    """Positions of an update over all workers; rows thinned by their weight make the batch smaller."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 4.5e-4
-    """Peak of the learning rate, after the warm-up."""
-    final_learning_rate: NotNegative = 1.4e-5
-    """Learning rate that the schedule ends with (the paper halved it five times on plateaus)."""
-    schedule: Shape = "half_cosine"
-    """How the rate falls: half a cosine; not at all; or "wsd", constant and then linear over the last fifth."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 5_000
-    """Updates of linear warm-up."""
-    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the updates, warm-up included, after which the final rate is reached."""
-    adam_beta1: Share = 0.9
-    """Decay of AdamW's first moment."""
-    adam_beta2: Share = 0.96
-    """Decay of AdamW's second moment."""
-    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """AdamW's ε."""
-    weight_decay: NotNegative = 4.5e-2
-    """AdamW's decoupled weight decay, on matrices and kernels only."""
-    clip: NotNegative = 4.0
-    """Largest norm of the whole gradient; 0: unclipped."""
-    ema: Share = 0.99
-    """Decay of the averaged weights, which are what is evaluated and published; 0: no average."""
-    ema_every: Count = 25
-    """Updates from one averaging to the next."""
-    ema_warmup: bool = False
-    """Decay min(ema, (1 + t)/(10 + t)) at averaging t, for runs that are not much longer than 1/(1 − ema)."""
-    checkpoint_every: Count = 5_000
-    """Updates between checkpoints, each with an evaluation and a sheet of pictures."""
-    keep_checkpoints: Count = 3
-    """Checkpoints kept; older ones are removed when a new one is committed. Sheets and metrics stay."""
-    log_every: Count = 10
-    """Updates that one row of the metrics is the mean of."""
-    evaluate_pictures: Annotated[int, Field(ge=0)] = 256
-    """Held-out pictures of an evaluation, at most; 0: none."""
-    seed: int = 0
-    """Seed of the initial weights, the order of rows, crops, noise and dropout."""
-    where: dict[str, str | list[str]] = Field(default_factory=dict)
-    """Columns of the lists and the value, or values, that a pair must have to be trained on; empty: all pairs."""
-    prompts: tuple[str, ...] = ()
-    """Prompts drawn at each checkpoint of the transformer. Empty: captions that are in the data, seen and held out."""
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
-class TokenizerTrainSettings(TrainSettings):
-    """How the tokenizer is trained. The defaults are the paper's dVAE (App. A.2)."""
-
-    steps: Count = 3_000_000
-    """Updates."""
-    batch: Count = 512
-    """Positions of an update over all workers; rows thinned by their weight make the batch smaller."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
-    """Peak of the learning rate, after the warm-up."""
-    final_learning_rate: NotNegative = 1.25e-6
-    """Learning rate that the schedule ends with."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Updates of linear warm-up."""
-    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
-    """Share of the updates, warm-up included, after which the final rate is reached (1,200,000 of 3,000,000)."""
-    adam_beta2: Share = 0.999
-    """Decay of AdamW's second moment."""
-    weight_decay: NotNegative = 1e-4
-    """AdamW's decoupled weight decay, on matrices and kernels only."""
-    clip: NotNegative = 0.0
-    """Largest norm of the whole gradient; 0: unclipped."""
-    ema: Share = 0.999
-    """Decay of the averaged weights, which are what is evaluated and published; 0: no average."""
-    ema_every: Count = 1
-    """Updates from one averaging to the next."""
-    random_crops: bool = True
-    """Train on random crops (App. A.2, listing 1); off: the central square, for pictures that fill their frame."""
-    flips: bool = True
-    """Mirror half of the pictures."""
-
-
-@plain_dataclass(frozen=True)
-class Place:
-    """Where a run runs. None of it bears identity: a run may start on a laptop and finish on a cluster."""
-
-    workers: int = 1
-    threads: int | None = None
-    """Threads of torch in each worker; None: this machine's cores shared among the workers."""
-    gpu: bool = False
-    """One GPU for each worker."""
-
-
-@plain_dataclass(frozen=True)
-class Job:
-    """What to train, from what, into where. `source` is PAIRS (tokenizer) or TOKENS (transformer).
-
-    `sampling` is how the transformer's sheets are drawn at its checkpoints; it decides nothing else.
-    """
-
-    kind: Literal["tokenizer", "transformer"]
-    source: str
-    into: str
-    model: DvaeSettings | TransformerSettings
-    training: TrainSettings
-    sampling: SampleSettings = field(default_factory=SampleSettings)
-
-
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Trained:
     """Where a run stands: its last step, the digest of its model, and its last evaluation."""
 
@@ -279,7 +160,8 @@ def _fit(job: Job, place: Place, run: str, say: Callable[[str], None]) -> None:
             return
         if not _workers_died(failures[0]):
             raise _cause(failures[0])
-        say(f"{job.kind:<12}a worker died; starting again from the last checkpoint")
+        why = ", ".join(sorted({type(failure).__name__ for failure in _worker_failures(failures[0])}))
+        say(f"{job.kind:<12}a worker died ({why}); starting again from the last checkpoint")
     raise _cause(failures[0])
 
 

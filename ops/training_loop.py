@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from models.ema import Ema
 from models.optimizer import parameter_groups
 from models.schedules import learning_rate
 from ops.errors import Diverged
+from ops.jobs import Job, TrainSettings, Worker
 from ops.learning import LEARN, Learning, Measured
 from ops.reader import Prefetch
 from ops.run_record import Heartbeat
@@ -40,26 +40,6 @@ from ops.trained import (
     save_weights,
     write_checkpoint,
 )
-
-if TYPE_CHECKING:
-    from ops.training import Job, TrainSettings
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One rank of a run. `report` is told each checkpoint's step and metrics, on every rank."""
-
-    rank: int = 0
-    world: int = 1
-    device: str = "cpu"
-    threads: int | None = None
-    report: Callable[[dict[str, Any]], None] = lambda metrics: None
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
 
 
 @dataclass

@@ -25,10 +25,10 @@ from ops.errors import BadSetting, UsageError
 from ops.fetch import FetchSettings
 from ops.filters import FilterSettings
 from ops.ingest import OutageSettings
+from ops.jobs import TokenizerTrainSettings, TrainSettings
 from ops.pictures import PictureSettings
 from ops.plan import PlanSettings
 from ops.tokenize import TokensSettings
-from ops.training import TokenizerTrainSettings, TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from infra.store import join, open_store
 from ops.errors import UsageError
 from ops.ingest import start_pairs
+from ops.jobs import Job
 from ops.lists import find_lists, fingerprint
 from ops.plan import read_instalments
 from ops.recipes import RECIPE
@@ -19,7 +20,7 @@ from ops.shards import committed_generations
 from ops.tokenize import pending_tasks as pending_tokens
 from ops.tokenize import start_tokens
 from ops.trained import latest_checkpoint
-from ops.training import Job, prepare
+from ops.training import prepare
 from pipelines.settings import Settings, to_toml
 
 SETTINGS = "settings.toml"

@@ -12,7 +12,8 @@ from infra.cluster import Cluster, connect
 from models.dvae import DvaeSettings
 from models.sampling import SampleSettings
 from models.transformer import TransformerSettings
-from ops.training import Job, Place, TokenizerTrainSettings, TrainSettings, train
+from ops.jobs import Job, Place, TokenizerTrainSettings, TrainSettings
+from ops.training import train
 
 
 def _say(line: str) -> None:

@@ -12,11 +12,11 @@ import pyarrow as pa
 from infra.store import open_store
 from models.dvae import DvaeSettings
 from models.transformer import TransformerSettings
+from ops.jobs import Job, TokenizerTrainSettings, TrainSettings
 from ops.pictures import PictureSettings, encode_jpeg
 from ops.recipes import start_stage
 from ops.shards import Receipt, publish, sidecar_schema, write_table, write_tar
 from ops.tokenize import TokensSettings, pending_tasks, start_tokens, tokenize_shard
-from ops.training import Job, TokenizerTrainSettings, TrainSettings
 
 DVAE = DvaeSettings(
     image_size=16,

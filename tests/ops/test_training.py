@@ -22,12 +22,13 @@ from infra.cluster import REPO
 from infra.store import open_store
 from models.dvae import dvae_loss
 from ops.errors import DamagedArtifact, Diverged, RecipeChanged, RunAlive, UsageError
+from ops.jobs import Job, Place, TokenizerTrainSettings, Worker
 from ops.learning import LEARN
 from ops.run_record import ask_to_stop, claim_run, end_run, read_run
 from ops.snapshot import read_snapshot, take_snapshot
 from ops.trained import latest_checkpoint, load_weights, read_checkpoint_file, read_metrics
-from ops.training import Job, Place, TokenizerTrainSettings, prepare, train, train_here
-from ops.training_loop import Worker, rate, run_loop
+from ops.training import prepare, train, train_here
+from ops.training_loop import rate, run_loop
 from pipelines.settings import PRESETS, resolve
 from tests.ops.conftest import Learned, MakePairs
 from tests.small_runs import (
