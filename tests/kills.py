@@ -125,7 +125,7 @@ def kill(pid: int) -> None:
 def kill_rounds(
     folder: Path, web: DemoWeb, victims: list[str], shards: int, pairs_per_shard: int, *, delay_ms: int, seed: int
 ) -> int:
-    """Kills once for each of `victims` (`worker`, `driver` or `machine`), then runs to the end; returns the directories used.
+    """Kills once for each of `victims`, then runs to the end; returns how many directories were used.
 
     Raises AssertionError if a pair is lost or doubled, or one of a committed shard is asked for again.
     """
