@@ -22,6 +22,7 @@ from models.sampling import SampleSettings, sample
 from models.text import CaptionTokenizer
 from models.transformer import Transformer
 from ops.demo_scores import Gallery, information, prompt_scores, samples_summary, shifted, tone_score
+from ops.generate import SAMPLE_BATCH
 from ops.openmoji import LICENCE, DemoPicture
 from ops.pictures import decode_stored, tokenizer_crop
 from ops.reader import Row, codes_reader, pictures_reader
@@ -30,7 +31,6 @@ from ops.sheets import Cell, draw_sheet, to_pixels
 from ops.snapshot import HELD_OUT, TRAIN, read_snapshot, take_snapshot
 from ops.trained import load_tokenizer, load_transformer
 
-TRAINED_PROMPTS = 100
 SHOWN = (
     "the flag of Japan",
     "the flag of France",
@@ -113,7 +113,7 @@ def score_demo(
     by_caption = {picture.caption: picture for picture in real.pictures}
     token_rows = _token_rows(tokens, model, codes_of)
     compositions = [row for row in token_rows[HELD_OUT] if by_caption[row.caption].held == "composition"]
-    trained = _by_hash(token_rows[TRAIN], seed)[:TRAINED_PROMPTS]
+    trained = token_rows[TRAIN]
     started = time.process_time()
     drawn = {
         name: _draw(transformer, captions, dvae, [row.caption for row in rows], sampling, seed)
@@ -176,9 +176,13 @@ def _draw(
     sampling: SampleSettings,
     seed: int,
 ) -> list[np.ndarray]:
-    text_BT = captions.encode(prompts, transformer.settings.text_positions)
-    seeds = [derived_seed("demo-sample", seed, number) for number in range(len(prompts))]
-    return list(to_pixels(dvae.decode(sample(transformer, text_BT, sampling, seeds))))
+    drawn = []
+    for first in range(0, len(prompts), SAMPLE_BATCH):
+        some = range(first, min(first + SAMPLE_BATCH, len(prompts)))
+        text_BT = captions.encode([prompts[number] for number in some], transformer.settings.text_positions)
+        seeds = [derived_seed("demo-sample", seed, number) for number in some]
+        drawn += list(to_pixels(dvae.decode(sample(transformer, text_BT, sampling, seeds))))
+    return drawn
 
 
 def _tokenizer_scores(
