@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow, task
 
-from infra.cluster import Cluster, connect
+from infra.cluster import Cluster
 from ops.plan import Columns
 from ops.report import write_run_report
 from pipelines.ingest import ingest
@@ -14,6 +14,7 @@ from pipelines.settings import Settings
 from pipelines.stages import Run, record_settings
 from pipelines.tokenize import tokenize
 from pipelines.train import train_tokenizer, train_transformer
+from pipelines.waves import on_ray
 
 
 @flow(name="build", persist_result=False)
@@ -28,7 +29,7 @@ def build(
     """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing."""
     run, s = Run(into), settings
     record_settings(run, s)
-    with connect(cluster):
+    with on_ray(cluster):
         pairs = ingest(lists, run.pairs, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, cluster)
         tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, workers)
         tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)

@@ -289,7 +289,7 @@ def _settings_beside(stage: str) -> str | None:
 
 
 def _cluster(cpus: int | None) -> Cluster:
-    return Cluster() if cpus is None else Cluster(cpus=cpus)
+    return Cluster(dashboard=True) if cpus is None else Cluster(cpus=cpus, dashboard=True)
 
 
 def _columns(url: str, caption: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.cluster import Cluster, connect
+from infra.cluster import Cluster
 from infra.store import open_store
 from ops.errors import BadList, UsageError
 from ops.fetch import FetchSettings
@@ -19,7 +19,7 @@ from ops.pictures import PictureSettings
 from ops.plan import Columns, Extension, PlanSettings, extend_plan, read_instalments
 from ops.recipes import RECIPE, read_json
 from ops.waves import cluster_cpus, wave_size
-from pipelines.waves import end_state, run_in_waves
+from pipelines.waves import end_state, on_ray, run_in_waves
 
 
 @flow(name="ingest", persist_result=False)
@@ -49,7 +49,7 @@ def ingest(
     for label in extension.passed_over:
         print(f"ingest      {label}: no list by its name; passed over", file=sys.stderr)
     tasks = pending_tasks(into, extension.instalments, fetch, picture, filters, outage, accept_partial=accept_partial)
-    with connect(cluster):
+    with on_ray(cluster):
         tally = run_in_waves("ingest", ingest_shards(into, tasks), len(tasks), wave_size(cluster_cpus()))
     lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}
     told: dict[str, Any] = end_state(into, tally, lists=lists_left)
@@ -69,7 +69,7 @@ def rerun(
     recipe = read_json(open_store(pairs), RECIPE)["identity"]
     picture, filters = PictureSettings(**recipe["picture"]), FilterSettings(**recipe["filters"])
     tasks = rerun_tasks(pairs, fetch, picture, filters, outage, again=again, shards=shards)
-    with connect(cluster):
+    with on_ray(cluster):
         tally = run_in_waves("rerun", ingest_shards(pairs, tasks), len(tasks), wave_size(cluster_cpus()))
     told: dict[str, Any] = end_state(pairs, tally)
     return told

@@ -6,11 +6,11 @@ from typing import Any
 
 from prefect import flow
 
-from infra.cluster import Cluster, connect
+from infra.cluster import Cluster
 from ops.tokenize import TokensSettings, pending_tasks, start_tokens
 from ops.tokenize import tokenize as tokenize_shards
 from ops.waves import cluster_cpus, wave_size
-from pipelines.waves import end_state, run_in_waves
+from pipelines.waves import end_state, on_ray, run_in_waves
 
 
 @flow(name="tokenize", persist_result=False)
@@ -24,7 +24,7 @@ def tokenize(
     """Encodes every pair shard whose latest receipt is not named by a token shard yet."""
     start_tokens(pairs, tokenizer, into, tokens)
     tasks = pending_tasks(pairs, into, tokens)
-    with connect(cluster):
+    with on_ray(cluster):
         tally = run_in_waves("tokenize", tokenize_shards(into, tasks), len(tasks), wave_size(cluster_cpus()))
     told: dict[str, Any] = end_state(into, tally)
     return told

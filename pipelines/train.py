@@ -8,12 +8,13 @@ from typing import Any
 
 from prefect import flow
 
-from infra.cluster import Cluster, connect
+from infra.cluster import Cluster
 from models.dvae import DvaeSettings
 from models.sampling import SampleSettings
 from models.transformer import TransformerSettings
 from ops.jobs import Job, Place, TokenizerTrainSettings, TrainSettings
 from ops.training import train
+from pipelines.waves import on_ray
 
 
 def _say(line: str) -> None:
@@ -30,7 +31,7 @@ def train_tokenizer(
     workers: int = 1,
 ) -> dict[str, Any]:
     """Trains the discrete VAE on the pictures of PAIRS, from its latest checkpoint on."""
-    with connect(cluster):
+    with on_ray(cluster):
         return asdict(train(Job("tokenizer", pairs, into, dvae, training), Place(workers), _say))
 
 
@@ -48,5 +49,5 @@ def train_transformer(
 
     `sampling` is for the sheets on the way and decides nothing else.
     """
-    with connect(cluster):
+    with on_ray(cluster):
         return asdict(train(Job("transformer", tokens, into, transformer, training, sampling), Place(workers), _say))

@@ -1,4 +1,4 @@
-"""Waves: how a sharded stage shows in Prefect and on the terminal.
+"""Waves: how a sharded stage shows in Prefect and on the terminal, and where its Ray can be watched.
 
 A wave is a record of the next shards that ended, not a barrier: the window of Ray tasks in flight runs on across
 waves, so a straggler idles nobody. 25,000 shards are 50 task runs; receipts are the only truth about shards.
@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -18,8 +19,18 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
+from infra.cluster import Cluster, connect
 from ops.errors import Incomplete
 from ops.waves import ShardOutcome
+
+
+@contextmanager
+def on_ray(cluster: Cluster) -> Iterator[None]:
+    """`infra.cluster.connect`, and where one can watch it."""
+    with connect(cluster) as dashboard:
+        if dashboard:
+            print(f"{'ray':<12}dashboard {dashboard}", file=sys.stderr, flush=True)
+        yield
 
 
 @dataclass
