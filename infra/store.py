@@ -190,8 +190,9 @@ def open_store(location: str) -> Store:
     if "://" in location:
         raise OSError(f"{location}: only local paths can be used so far, not {location.split('://')[0]}://")
     path = Path(location)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{location} is a file; a directory is needed")
+    nearest = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+    if nearest.exists() and not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file; a directory is needed")
     return LocalStore(path)
 
 

@@ -97,9 +97,10 @@ def train_here(job: Job, threads: int | None = None, stop_after: int | None = No
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """What decides the weights, for the stage's recipe."""
+    """What decides the weights, for the stage's recipe, under the names of the settings' sections."""
     training = {name: value for name, value in asdict(job.training).items() if name not in NOT_IDENTITY}
-    return {"model": asdict(job.model), "training": training}
+    model = "dvae" if job.kind == "tokenizer" else "transformer"
+    return {model: asdict(job.model), f"{job.kind}_training": training}
 
 
 def prepare(job: Job) -> None:

@@ -316,15 +316,15 @@ def _say(told: Any, as_json: bool, text: str | None = None) -> None:
         print(text)
 
 
-def main() -> None:
-    """The entry point `armchair`."""
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point `armchair`; `arguments` are those of the process unless given. Ends the process."""
     quiet_environment()
     for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
     from ops.errors import ArmchairError
 
     try:
-        code = app()
+        code = app(sys.argv[1:] if arguments is None else arguments)
     except ArmchairError as error:
         print(f"armchair: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

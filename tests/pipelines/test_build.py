@@ -101,8 +101,8 @@ def test_the_runs_own_settings_are_a_preset_that_repeats_it(built: Built) -> Non
     ("changed", "told"),
     [
         ("picture.short_side_px=48", "picture.short_side_px: was 32, now 48"),
-        ("dvae.vocabulary=64", "dvae.vocabulary"),
-        ("transformer_training.steps=50", "training.steps: was 40, now 50"),
+        ("dvae.vocabulary=64", "dvae.vocabulary: was 32, now 64"),
+        ("transformer_training.steps=50", "transformer_training.steps: was 40, now 50"),
     ],
 )
 def test_a_changed_setting_is_refused_with_was_and_now(built: Built, changed: str, told: str) -> None:
