@@ -145,15 +145,16 @@ def _port(directory: Path) -> int:
 def _web_server(folder: Path, port: int) -> Iterator[None]:
     """The web server in a process of its own, for the time of a `with`."""
     command = [sys.executable, "-m", "ops.demo_web", str(folder.absolute()), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        if not server.stdout.readline().startswith("http"):
-            raise UsageError(f"port {port} of this machine is taken.", "End what listens there, or use another --into.")
-        yield
-    finally:
-        server.terminate()
-        server.wait()
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            if not server.stdout.readline().startswith("http"):
+                raise UsageError(
+                    f"port {port} of this machine is taken.", "End what listens there, or use another --into."
+                )
+            yield
+        finally:
+            server.terminate()
 
 
 @contextmanager
