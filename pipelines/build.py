@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow, task
 
 from infra.cluster import Cluster
+from infra.metrics import Cost, timed
 from ops.plan import Columns
 from ops.report import write_run_report
 from pipelines.ingest import ingest
@@ -29,12 +30,18 @@ def build(
     """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing."""
     run, s = Run(into), settings
     record_settings(run, s)
+    seconds: dict[str, Cost] = {}
     with on_ray(cluster):
-        pairs = ingest(lists, run.pairs, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, cluster)
-        tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, workers)
-        tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)
-        model = train_transformer(
-            run.tokens, run.model, s.transformer, s.transformer_training, s.sampling, cluster, workers
-        )
+        with timed("ingest", seconds):
+            pairs = ingest(lists, run.pairs, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, cluster)
+        with timed("train_tokenizer", seconds):
+            tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, workers)
+        with timed("tokenize", seconds):
+            tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)
+        with timed("train_transformer", seconds):
+            model = train_transformer(
+                run.tokens, run.model, s.transformer, s.transformer_training, s.sampling, cluster, workers
+            )
     report = task(name="report", persist_result=False)(write_run_report)(into)
-    return {"pairs": pairs, "tokenizer": tokenizer, "tokens": tokens, "model": model, "report": report}
+    stages = {"pairs": pairs, "tokenizer": tokenizer, "tokens": tokens, "model": model}
+    return {**stages, "report": report, "seconds": seconds}

@@ -316,6 +316,22 @@ def _say(told: Any, as_json: bool, text: str | None = None) -> None:
         print(text)
 
 
+def _check_install() -> None:
+    """Raises UsageError for the one package that makes Prefect's server die without a word of its cause."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from ops.errors import UsageError
+
+    try:
+        found = version("dataclasses")
+    except PackageNotFoundError:
+        return
+    raise UsageError(
+        f"the back-port dataclasses {found} is installed: it shadows the standard library, and Prefect's server dies.",
+        "Remove it: pip uninstall -y dataclasses",
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The entry point `armchair`; `arguments` are those of the process unless given. Ends the process."""
     quiet_environment()
@@ -324,6 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
     from ops.errors import ArmchairError
 
     try:
+        _check_install()
         code = app(sys.argv[1:] if arguments is None else arguments)
     except ArmchairError as error:
         print(f"armchair: {error}", file=sys.stderr)

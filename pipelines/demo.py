@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.cluster import REPO, Cluster
+from infra.metrics import Cost, timed, tree_cpu_s
 from infra.store import open_store
 from ops.demo_scores import gallery
 from ops.demo_summary import GATES, score_demo
@@ -41,9 +42,9 @@ def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
     if "://" in into:
         raise UsageError(f"{into}: the demo's pictures come from this machine.", "Use a local --into.")
     directory, run, started_s, started_cpu_s = Path(into), Run(into), time.monotonic(), tree_cpu_s()
-    seconds: dict[str, dict[str, float]] = {}
+    seconds: dict[str, Cost] = {}
     settings = _for_demo(settings, seed)
-    with _timed("pictures", seconds):
+    with timed("pictures", seconds):
         _tell(f"drawing OpenMoji's pictures into {directory / 'openmoji'} (once)")
         pictures = render(directory / "openmoji")
         port = _port(directory)
@@ -53,18 +54,19 @@ def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
     missing = missing_stages([str(listed)], run, settings)
     if missing:
         _tell(f"to do: {', '.join(missing)}")
-        with _timed("build", seconds), _web_server(directory / "openmoji", port):
+        with _web_server(directory / "openmoji", port):
             from pipelines.build import build
 
             built = build([str(listed)], into, settings, cluster=cluster)
+            seconds |= built["seconds"]
             if built["pairs"]["unfinished"]:
                 raise Incomplete(run.pairs, len(built["pairs"]["unfinished"]), "see armchair status")
-    with _timed("verify", seconds):
+    with timed("verify", seconds):
         for stage in (run.pairs, run.tokens):
             proof = verify(open_store(stage), deep=True)
             if not proof.ok:
                 raise Incomplete(stage, len(proof.problems), f"verify found {proof.problems[0]}")
-    with _timed("scores", seconds):
+    with timed("scores", seconds):
         _tell("scoring what the models learned")
         scored = score_demo(
             run.pairs, run.tokens, run.model, gallery(pictures, directory / "openmoji"), settings.sampling, seed
@@ -82,7 +84,6 @@ def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
         "samples": scored.samples,
         "seconds": {
             **seconds,
-            **{f"train_{stage}": {"cpu": cpu} for stage, cpu in training_cpu.items()},
             "training_cpu": sum(training_cpu.values()),
             "sampling_cpu_a_picture": scored.sampling_cpu_a_picture,
             "total": {"wall": time.monotonic() - started_s, "cpu": tree_cpu_s() - started_cpu_s},
@@ -155,35 +156,6 @@ def _web_server(folder: Path, port: int) -> Iterator[None]:
             yield
         finally:
             server.terminate()
-
-
-@contextmanager
-def _timed(stage: str, seconds: dict[str, dict[str, float]]) -> Iterator[None]:
-    wall_s, cpu_s = time.monotonic(), tree_cpu_s()
-    yield
-    seconds[stage] = {"wall": time.monotonic() - wall_s, "cpu": tree_cpu_s() - cpu_s}
-
-
-def tree_cpu_s() -> float:
-    """CPU seconds, user and system, of this process and all its descendants, ended ones that were waited for included.
-
-    Reads /proc; where there is none, this process and its ended children.
-    """
-    if not Path("/proc/self/stat").exists():
-        return sum(os.times()[:4])
-    ticks: dict[int, tuple[int, int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # ended meanwhile; its parent counts it
-        ticks[int(path.parent.name)] = (int(fields[1]), sum(map(int, fields[11:15])))
-    mine, grew = {os.getpid()}, True
-    while grew:
-        children = {pid for pid, (parent, _) in ticks.items() if parent in mine} - mine
-        grew = bool(children)
-        mine |= children
-    return sum(ticks[pid][1] for pid in mine if pid in ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu_of_training(location: str) -> float:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,29 @@ def test_settings_are_told_with_value_doc_and_layer(capsys: pytest.CaptureFixtur
     assert told["dvae.vocabulary"]["value"] == 256
     assert told["dvae.vocabulary"]["layer"] == "preset demo.toml"
     assert told["dvae.vocabulary"]["doc"]
+
+
+def test_the_back_port_of_dataclasses_is_told_with_its_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """img2dataset asks for it; with it, Prefect's server dies and the client waits two minutes."""
+    (tmp_path / "dataclasses-0.8.dist-info").mkdir()
+    (tmp_path / "dataclasses-0.8.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: dataclasses\nVersion: 0.8\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert armchair("settings") == 2
+    assert "pip uninstall -y dataclasses" in capsys.readouterr().err
+
+
+def test_prefect_is_given_the_time_its_first_start_needs_and_no_telemetry() -> None:
+    code = (
+        "import os, sys; from pipelines.cli import main\n"
+        "try: main(['settings', '--json'])\n"
+        "except SystemExit: pass\n"
+        "from prefect.settings import get_current_settings as now\n"
+        "print(now().server.ephemeral.startup_timeout_seconds, now().server.analytics_enabled, file=sys.stderr)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    told = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
+    assert told.stderr.split() == ["120", "False"], told.stderr

@@ -5,7 +5,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.dvae import Dvae
+from models.transformer import Transformer
 from ops.errors import BadSetting, UsageError
 from pipelines.settings import PRESETS, Settings, resolve, rows, to_toml
 
@@ -73,3 +76,14 @@ def test_settings_toml_is_toml_a_person_can_read() -> None:
     text = to_toml(resolve("demo"))
     assert set(tomllib.loads(text)) == set(asdict(resolve("demo")))
     assert "# " in text
+
+
+@pytest.mark.parametrize("preset", [None, *NAMES])
+def test_every_presets_models_can_be_built_and_fit_each_other(preset: str | None) -> None:
+    """On the meta device, where the paper's 12 billion parameters cost nothing."""
+    settings = resolve(preset)
+    with torch.device("meta"):
+        tokenizer, transformer = Dvae(settings.dvae), Transformer(settings.transformer)
+    assert (tokenizer.grid, tokenizer.vocabulary) == (settings.transformer.grid, settings.transformer.image_vocabulary)
+    assert sum(p.numel() for p in transformer.parameters()) > 0
+    assert settings.picture.short_side_px >= settings.dvae.image_size, "pictures are never enlarged"
