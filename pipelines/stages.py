@@ -14,7 +14,7 @@ from ops.errors import UsageError
 from ops.ingest import start_pairs
 from ops.jobs import Job
 from ops.lists import find_lists, fingerprint
-from ops.plan import read_instalments
+from ops.plan import Instalment, read_instalments
 from ops.recipes import RECIPE
 from ops.shards import committed_generations
 from ops.tokenize import pending_tasks as pending_tokens
@@ -76,9 +76,7 @@ def missing_stages(lists: Sequence[str], run: Run, settings: Settings) -> list[s
     start_pairs(pairs, settings.plan, settings.filters, settings.picture)
     instalments = read_instalments(pairs)
     planned = {order.shard for instalment in instalments for order in instalment.work_orders}
-    covered = {planned.sha256 for instalment in instalments for planned in instalment.lists}
-    are_new = any(fingerprint(path.path)[0] not in covered for path in find_lists(lists)[0])
-    if are_new or planned - committed_generations(pairs).keys():
+    if _has_new(lists, instalments) or planned - committed_generations(pairs).keys():
         missing.append("ingest")
     if not _is_trained(run.tokenizer_job(settings)):
         missing.append("train tokenizer")
@@ -93,6 +91,16 @@ def missing_stages(lists: Sequence[str], run: Run, settings: Settings) -> list[s
     if open_store(run.location).stat("report.html") is None:
         missing.append("report")
     return missing
+
+
+def _has_new(lists: Sequence[str], instalments: Sequence[Instalment]) -> bool:
+    """Whether a plan would grow. A file of a folder whose bytes changed since it was planned is skipped, not new."""
+    known = [planned for instalment in instalments for planned in instalment.lists]
+    digests, labels = {planned.sha256 for planned in known}, {planned.label for planned in known}
+    return any(
+        fingerprint(path.path)[0] not in digests and not (path.watched and path.label in labels)
+        for path in find_lists(lists)[0]
+    )
 
 
 def _begun(stage: str) -> bool:
