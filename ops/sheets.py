@@ -55,11 +55,11 @@ def draw_sheet(rows: Sequence[Sequence[Cell]], title: str = "", cell_px: int = 9
     sides = [max(1, -(-cell_px // cell.pixels.shape[0])) * cell.pixels.shape[0] for cell in cells]
     side = max(sides)
     font = ImageFont.load_default(size=FONT_PX)
-    label_px = (FONT_PX + 3) * LABEL_LINES if any(cell.label for cell in cells) else 0
+    labels_px = [(FONT_PX + 3) * LABEL_LINES if any(cell.label for cell in row) else 0 for row in rows]
     title_px = FONT_PX + 2 * MARGIN_PX if title else 0
     columns = max(len(row) for row in rows)
     width = MARGIN_PX + columns * (side + MARGIN_PX)
-    height = title_px + MARGIN_PX + len(rows) * (side + label_px + MARGIN_PX)
+    height = title_px + MARGIN_PX + len(rows) * (side + MARGIN_PX) + sum(labels_px)
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
@@ -67,7 +67,7 @@ def draw_sheet(rows: Sequence[Sequence[Cell]], title: str = "", cell_px: int = 9
     for r, row in enumerate(rows):
         for c, cell in enumerate(row):
             x = MARGIN_PX + c * (side + MARGIN_PX)
-            y = title_px + MARGIN_PX + r * (side + label_px + MARGIN_PX)
+            y = title_px + MARGIN_PX + r * (side + MARGIN_PX) + sum(labels_px[:r])
             picture = Image.fromarray(cell.pixels).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (x, y))
             lines = textwrap.wrap(_printable(cell.label), max(8, side // 6))[:LABEL_LINES]
@@ -76,5 +76,5 @@ def draw_sheet(rows: Sequence[Sequence[Cell]], title: str = "", cell_px: int = 9
 
 
 def _printable(text: str) -> str:
-    # The font that comes with Pillow has Latin letters and dashes only; others would be drawn as boxes.
-    return " ".join(text.encode("cp1252", "replace").decode("cp1252").split())
+    # The font that comes with Pillow has Latin letters only; others would be drawn as boxes.
+    return " ".join(text.replace("–", "-").encode("latin-1", "replace").decode("latin-1").split())

@@ -8,6 +8,7 @@ from prefect import flow, task
 
 from infra.cluster import Cluster
 from infra.metrics import Cost, timed
+from ops.jobs import Place
 from ops.plan import Columns
 from ops.report import write_run_report
 from pipelines.ingest import ingest
@@ -25,9 +26,12 @@ def build(
     settings: Settings,
     columns: Columns = Columns(),
     cluster: Cluster = Cluster(),
-    workers: int = 1,
+    place: Place = Place(),
 ) -> dict[str, Any]:
-    """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing."""
+    """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing.
+
+    `place` is for both trainings.
+    """
     run, s = Run(into), settings
     record_settings(run, s)
     seconds: dict[str, Cost] = {}
@@ -35,12 +39,12 @@ def build(
         with timed("ingest", seconds):
             pairs = ingest(lists, run.pairs, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, cluster)
         with timed("train_tokenizer", seconds):
-            tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, workers)
+            tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, place)
         with timed("tokenize", seconds):
             tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)
         with timed("train_transformer", seconds):
             model = train_transformer(
-                run.tokens, run.model, s.transformer, s.transformer_training, s.sampling, cluster, workers
+                run.tokens, run.model, s.transformer, s.transformer_training, s.sampling, cluster, place
             )
     report = task(name="report", persist_result=False)(write_run_report)(into)
     stages = {"pairs": pairs, "tokenizer": tokenizer, "tokens": tokens, "model": model}

@@ -85,7 +85,7 @@ def build(
         return
     from pipelines.build import build as flow
 
-    told = flow(list(lists), into, settings, _columns(url_col, caption_col), _cluster(cpus), workers)
+    told = flow(list(lists), into, settings, _columns(url_col, caption_col), _cluster(cpus), _place(workers))
     _say(told, json, f"finished: {told['report']}")
 
 
@@ -195,7 +195,7 @@ def tokenizer(
     from pipelines.train import train_tokenizer as flow
 
     s = _settings(preset, sets)
-    told = flow(pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), workers)
+    told = flow(pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), _place(workers))
     _say(told, json, show_trained(told))
 
 
@@ -232,7 +232,7 @@ def transformer(
     from pipelines.train import train_transformer as flow
 
     s = _settings(preset, sets)
-    told = flow(tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), workers)
+    told = flow(tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), _place(workers))
     _say(told, json, show_trained(told))
 
 
@@ -290,6 +290,12 @@ def _settings_beside(stage: str) -> str | None:
 
 def _cluster(cpus: int | None) -> Cluster:
     return Cluster(dashboard=True) if cpus is None else Cluster(cpus=cpus, dashboard=True)
+
+
+def _place(workers: int) -> Any:
+    from ops.jobs import Place
+
+    return Place(workers)
 
 
 def _columns(url: str, caption: str) -> Any:

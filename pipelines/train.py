@@ -28,11 +28,11 @@ def train_tokenizer(
     dvae: DvaeSettings = DvaeSettings(),
     training: TokenizerTrainSettings = TokenizerTrainSettings(),
     cluster: Cluster = Cluster(),
-    workers: int = 1,
+    place: Place = Place(),
 ) -> dict[str, Any]:
     """Trains the discrete VAE on the pictures of PAIRS, from its latest checkpoint on."""
     with on_ray(cluster):
-        return asdict(train(Job("tokenizer", pairs, into, dvae, training), Place(workers), _say))
+        return asdict(train(Job("tokenizer", pairs, into, dvae, training), place, _say))
 
 
 @flow(name="train-transformer", persist_result=False)
@@ -43,11 +43,11 @@ def train_transformer(
     training: TrainSettings = TrainSettings(),
     sampling: SampleSettings = SampleSettings(),
     cluster: Cluster = Cluster(),
-    workers: int = 1,
+    place: Place = Place(),
 ) -> dict[str, Any]:
     """Trains the transformer on the captions and codes of TOKENS, from its latest checkpoint on.
 
     `sampling` is for the sheets on the way and decides nothing else.
     """
     with on_ray(cluster):
-        return asdict(train(Job("transformer", tokens, into, transformer, training, sampling), Place(workers), _say))
+        return asdict(train(Job("transformer", tokens, into, transformer, training, sampling), place, _say))
