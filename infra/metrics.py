@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,34 +12,55 @@ from pathlib import Path
 Cost = dict[str, float]
 """{"wall": seconds, "cpu": seconds}"""
 
+LOOK_S = 0.5
+"""How often descendants are looked at: what one used after the last look is lost when it ends."""
+
+Usage = dict[tuple[int, str], float]
+"""(process, its start time) -> CPU seconds, user and system."""
+
 
 @contextmanager
 def timed(name: str, costs: dict[str, Cost]) -> Iterator[None]:
-    """Writes what the `with` block cost into `costs[name]`, also when it raises."""
-    wall_s, cpu_s = time.monotonic(), tree_cpu_s()
+    """Writes what the `with` block cost into `costs[name]`, also when it raises.
+
+    Processes that end inside the block are counted as of the last look at them: Ray ends its workers without waiting
+    for them, so that nobody is told what they used. Where there is no /proc, only this process counts.
+    """
+    began_s, before = time.monotonic(), family_usage()
+    seen, ended = dict(before), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(LOOK_S):
+            seen.update(family_usage())
+
+    watcher = threading.Thread(target=look, name="cpu-time", daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        costs[name] = {"wall": time.monotonic() - wall_s, "cpu": tree_cpu_s() - cpu_s}
+        ended.set()
+        watcher.join()
+        seen.update(family_usage())
+        cpu_s = sum(used - before.get(process, 0.0) for process, used in seen.items())
+        costs[name] = {"wall": time.monotonic() - began_s, "cpu": cpu_s}
 
 
-def tree_cpu_s() -> float:
-    """CPU seconds, user and system, of this process and all its descendants, ended ones that were waited for included.
-
-    Reads /proc; where there is none, this process and its ended children.
-    """
+def family_usage() -> Usage:
+    """What this process and each of its living descendants has used so far."""
+    own = (os.getpid(), "")
     if not Path("/proc/self/stat").exists():
-        return sum(os.times()[:4])
-    ticks: dict[int, tuple[int, int]] = {}
+        return {own: time.process_time()}
+    found: dict[int, tuple[int, str, float]] = {}
+    tick_s = 1.0 / os.sysconf("SC_CLK_TCK")
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # ended meanwhile; its parent counts it
-        ticks[int(path.parent.name)] = (int(fields[1]), sum(map(int, fields[11:15])))
+            continue  # ended meanwhile
+        found[int(path.parent.name)] = (int(fields[1]), fields[19], tick_s * (int(fields[11]) + int(fields[12])))
     family, grew = {os.getpid()}, True
     while grew:
-        children = {pid for pid, (parent, _) in ticks.items() if parent in family} - family
+        children = {pid for pid, (parent, _, _) in found.items() if parent in family} - family
         grew = bool(children)
         family |= children
-    return sum(ticks[pid][1] for pid in family if pid in ticks) / os.sysconf("SC_CLK_TCK")
+    return {(pid, found[pid][1]): found[pid][2] for pid in family if pid in found}

@@ -147,12 +147,14 @@ def _fit(job: Job, place: Place, run: str, say: Callable[[str], None]) -> None:
         failures: list[BaseException] = []
         thread = threading.Thread(target=_fit_once, args=(job, place, run, failures), name="ray-train", daemon=True)
         thread.start()
+        last_step = None
         try:
             while thread.is_alive():
                 thread.join(HEARTBEAT_S)
                 told = read_run(into)
-                if thread.is_alive() and told is not None and "step" in told:
+                if thread.is_alive() and told is not None and told.get("step") != last_step:
                     say(progress_line(job.kind, told))
+                    last_step = told["step"]
         finally:
             if thread.is_alive():
                 ask_to_stop(into, run)

@@ -96,13 +96,12 @@ def run_in_waves(stage: str, outcomes: Iterator[ShardOutcome], total: int, wave_
         for outcome in islice(outcomes, wave_size):
             tally.add(outcome)
             wave[outcome.state] += 1
-            progress.tell(tally)
+            progress.tell(tally, last=sum(tally.states.values()) == total)
         return dict(wave)
 
     for first in range(0, total, wave_size):
         name = f"wave-{first:05d}-{min(first + wave_size, total) - 1:05d}"
         task(name="wave", task_run_name=name, persist_result=False, cache_policy=NO_CACHE)(consume)()
-    progress.tell(tally, last=True)
     return tally
 
 
