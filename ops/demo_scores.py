@@ -11,7 +11,7 @@ not fine detail; a set that training shows once can be memorised, so held-out co
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -301,6 +301,4 @@ def samples_summary(held_out: PromptScores, trained: PromptScores, tone: dict[st
         "exact_at_1_trained": trained.samples.exact_at_1,
         "near_copies": {"held_out": held_out.near_copies, "trained": trained.near_copies},
         "tone": {**tone, "chance": 1 / len(TONES)},
-        "held_out": asdict(held_out),
-        "trained": asdict(trained),
     }

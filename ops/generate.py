@@ -85,6 +85,8 @@ def generate(
     started_s = time.monotonic()
     if not prompts or n < 1:
         raise UsageError("there is nothing to draw.", 'Give a prompt: armchair generate MODEL "a prompt" -n 9')
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError("the prompt is empty.", "Say what the picture should show.")
     settings = settings or SampleSettings()
     loaded = load_model(model, tokenizer)
     told = []
@@ -117,12 +119,10 @@ def generate(
 
 
 def draw_best_first(model: Model, prompt: str, n: int, settings: SampleSettings, seeds: Sequence[int]) -> list[Drawn]:
-    """`n` pictures of one prompt, best first by `scores`. Raises UsageError for an empty prompt.
+    """`n` pictures of one prompt, best first by `scores`.
 
     This order is the model's own opinion; one of a separately trained reranker (paper, §2.6) comes later.
     """
-    if not prompt.strip():
-        raise UsageError("the prompt is empty.", "Say what the picture should show.")
     codes_BN = sample_codes(model, [prompt] * n, settings, seeds)
     score_B = scores(model, [prompt] * n, codes_BN)
     pictures = decode_codes(model, codes_BN)

@@ -374,7 +374,7 @@ def _scores_section(summary: Mapping[str, Any]) -> Section | None:
     if not parts:
         return None
     tables = [
-        Table(name, ("", "value"), _flat(value), is_folded=name in ("seconds", "pairs"))
+        Table(name, ("", "value"), _flat(value), is_folded=name in ("seconds", "pairs", "retrieval"))
         for name, value in parts.items()
     ]
     return Section("Scores", "From summary.json.", tables=tables)

@@ -83,6 +83,7 @@ def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
         "tokenizer": scored.tokenizer,
         "transformer": scored.transformer,
         "samples": scored.samples,
+        "retrieval": scored.retrieval,
         "seconds": {
             **seconds,
             "training_cpu": sum(training_cpu.values()),

@@ -135,7 +135,12 @@ def test_the_demos_scores_are_read_off_a_finished_run(built: Built) -> None:
     assert scored.samples["concept_at_5"]["ceiling"] >= scored.samples["concept_at_5"]["shifted_captions"]
     assert scored.transformer["compositions"] == sum(p.held == "composition" for p in built.pictures)
     seconds = {"training_cpu": 1.0, "sampling_cpu_a_picture": scored.sampling_cpu_a_picture}
-    summary = {"tokenizer": scored.tokenizer, "transformer": scored.transformer, "samples": scored.samples}
+    summary = {
+        "tokenizer": scored.tokenizer,
+        "transformer": scored.transformer,
+        "samples": scored.samples,
+        "retrieval": scored.retrieval,
+    }
     assert all(isinstance(gate.holds({**summary, "seconds": seconds}), bool) for gate in GATES)
     assert not GATES[0].holds({"tokenizer": {"psnr_db": float("nan")}})
     assert scored.sheet.startswith(b"\x89PNG")
