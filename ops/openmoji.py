@@ -357,7 +357,9 @@ def write_list(path: Path, rows: Sequence[dict[str, str]]) -> None:
             raise ValueError(f"a tab or a line break in {row}")
         lines.append("\t".join(row.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    whole = path.with_name(f".{path.name}")  # a kill must not leave half a list under the name of a whole one
+    whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 # --- rendering -------------------------------------------------------------------------------------------------------

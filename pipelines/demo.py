@@ -42,7 +42,7 @@ def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
     if "://" in into:
         raise UsageError(f"{into}: the demo's pictures come from this machine.", "Use a local --into.")
     directory, run = Path(into), Run(into)
-    seconds: dict[str, Cost] = {}
+    seconds = _earlier_costs(directory)
     settings = _for_demo(settings, seed)
     with timed("pictures", seconds):
         _tell(f"drawing OpenMoji's pictures into {directory / 'openmoji'} (once)")
@@ -162,6 +162,15 @@ def _web_server(folder: Path, port: int) -> Iterator[None]:
             yield
         finally:
             server.terminate()
+
+
+def _earlier_costs(directory: Path) -> dict[str, Cost]:
+    """What the stages cost that an earlier call did, from its summary."""
+    try:
+        found = json.loads((directory / "summary.json").read_bytes())["seconds"]
+    except FileNotFoundError:
+        return {}
+    return {name: cost for name, cost in found.items() if isinstance(cost, dict) and name != "total"}
 
 
 def _cpu_of_training(location: str) -> float:
