@@ -8,8 +8,7 @@
     │  └─ RunAlive                somebody else is training in this directory
     ├─ StorageError               disk or bucket                                                   exit 3
     │  ├─ DamagedArtifact         bytes differ from what the receipt recorded
-    │  ├─ UnknownFormat           written by a later version
-    │  └─ NotShared               a local path that other nodes do not see
+    │  └─ UnknownFormat           written by a later version
     ├─ Diverged                   the loss is not a number                                         exit 4
     └─ Incomplete                 done, but not everything                                         exit 5
 
@@ -98,17 +97,6 @@ class UnknownFormat(StorageError):
     def __str__(self) -> str:
         path, found, known = self.args
         return f"{path} has format {found}; this version of armchair reads format {known}. Use a newer armchair."
-
-
-class NotShared(StorageError):
-    """NotShared(path, node): a file written by the driver was not seen by a task on `node`."""
-
-    def __str__(self) -> str:
-        path, node = self.args
-        return (
-            f"{path} is not shared: node {node} does not see what the driver wrote there. "
-            "Use a bucket or a path that every node mounts."
-        )
 
 
 class Diverged(ArmchairError):

@@ -29,7 +29,6 @@ EXAMPLES: list[tuple[ArmchairError, int, list[str]]] = [
     (errors.StorageError("The disk is full.", "Make room."), 3, ["The disk is full. Make room."]),
     (errors.DamagedArtifact("a.tar", "sha256 x", "sha256 y"), 3, ["a.tar", "sha256 x", "sha256 y", "Restore"]),
     (errors.UnknownFormat("a.json", 9, 1), 3, ["a.json", "format 9", "format 1", "newer"]),
-    (errors.NotShared("/runs", "node-2"), 3, ["/runs", "node-2", "bucket"]),
     (errors.Diverged("model", 500, 400), 4, ["model", "step 500", "step 400", "learning rate"]),
     (errors.Diverged("model", 500, None), 4, ["no checkpoint exists"]),
     (
