@@ -109,7 +109,7 @@ class Diverged(ArmchairError):
         good = f"the last good checkpoint is step {last_good}" if last_good is not None else "no checkpoint exists"
         return (
             f"{location}: the loss is not finite at step {step}; {good}. "
-            "Lower the learning rate (another --into), or run the same command to try again from there."
+            "Lower the learning rate, with another --into: the same settings would meet the same batch again."
         )
 
 
@@ -122,5 +122,5 @@ class Incomplete(ArmchairError):
         location, missing, why = self.args
         return (
             f"{location}: {missing} shards are not committed ({why}). "
-            f"Run the same command again: it does only what is missing. `armchair status {location}` names them."
+            "Run the same command again: it does only what is missing."
         )

@@ -349,7 +349,8 @@ def _seconds(value: Any, clock: str) -> float:
 
 
 def _pictures_section(store: Store) -> Section | None:
-    keys = [entry.key for entry in store.list("pictures/") if entry.key.endswith(".png")]
+    # Sheets only: the single pictures of a prompt lie one directory deeper.
+    keys = [e.key for e in store.list("pictures/") if e.key.endswith(".png") and e.key.count("/") == 1]
     if not keys:
         return None
     sheets = []

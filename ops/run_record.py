@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import threading
+import time
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -120,8 +121,14 @@ class Heartbeat:
             raise RunAlive(self._store.location, who, self.taken_by["age_s"])
 
     def _beat(self) -> None:
+        beaten_s = time.monotonic()
         while not self._ended.wait(HEARTBEAT_S):
-            self._look_and_put()
+            try:
+                self._look_and_put()
+                beaten_s = time.monotonic()
+            except OSError:  # the storage is away for a moment; but a run that gives no sign of life may be replaced
+                if time.monotonic() - beaten_s > ALIVE_S / 2:
+                    self.must_stop = True
 
     def _look_and_put(self) -> None:
         found = read_run(self._store)

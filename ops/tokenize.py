@@ -39,7 +39,7 @@ from ops.shards import (
     sidecar_schema,
 )
 from ops.snapshot import source_fingerprint
-from ops.trained import freeze_tokenizer, load_tokenizer, tokenizer_digest
+from ops.trained import check_finished, freeze_tokenizer, load_tokenizer, tokenizer_digest
 from ops.waves import ShardOutcome, drive, on_ray
 
 if TYPE_CHECKING:
@@ -89,9 +89,11 @@ class TokenizeTask:
 def start_tokens(pairs: str, tokenizer: str, tokens: str, settings: TokensSettings) -> None:
     """Writes TOKENS/recipe.json, or checks that it says the same, and freezes the tokenizer into TOKENS.
 
-    Raises RecipeChanged for other settings, other PAIRS or another tokenizer (one that was trained on, too).
+    Raises RecipeChanged for other settings, other PAIRS or another tokenizer (one that was trained on, too), and
+    UsageError for a tokenizer whose training has not ended: its codes would be worth nothing when it has.
     """
     into = open_store(tokens)
+    check_finished(tokenizer)
     inputs = {"pairs": source_fingerprint(open_store(pairs)), "tokenizer": tokenizer_digest(tokenizer)}
     ways_out = "Codes of two tokenizers can't be mixed. Use another --into, or the old values."
     start_stage(into, "tokens", {"tokens": asdict(settings)}, inputs, ways_out)
@@ -191,7 +193,7 @@ def _earlier(store: Store, task: TokenizeTask) -> Earlier:
 
 
 def _matrix(column: pa.ChunkedArray, rows: int) -> Codes:
-    matrix: Codes = column.combine_chunks().flatten().to_numpy().reshape(rows, -1)
+    matrix: Codes = column.combine_chunks().flatten().to_numpy().reshape(rows, column.type.list_size)
     return matrix
 
 

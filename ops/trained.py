@@ -215,6 +215,26 @@ def _tokenizer_bytes(location: str) -> tuple[bytes, str, str]:
     return read_verified(store, ref), ref.sha256, f"{location}/{ref.key}"
 
 
+def check_finished(tokenizer: str) -> None:
+    """Raises UsageError if the training of a tokenizer has not reached its last step."""
+    store = open_store(tokenizer)
+    checkpoint = _checkpoint_to_use(store, "tokenizer")
+    steps = read_json(store, "recipe.json")["identity"]["tokenizer_training"]["steps"]
+    if checkpoint.step < steps:
+        raise UsageError(
+            f"{tokenizer} is at step {checkpoint.step} of {steps}.",
+            "Let its training end first: the same `armchair train tokenizer` goes on from there.",
+        )
+
+
+def forget_after(store: Store, step: int) -> None:
+    """Removes metrics and sheets past `step`, which a run left whose checkpoint was never committed."""
+    for prefix in ("metrics/", "sheets/"):
+        for entry in list(store.list(prefix)):
+            if int(Path(entry.key).stem) > step:
+                store.delete(entry.key)
+
+
 def _checkpoint_to_use(store: Store, stage: str) -> Checkpoint:
     if store.stat("recipe.json") is None:
         raise UsageError(f"{store.location} holds no {stage}.", f"Make one with `armchair train {stage}`.")

@@ -161,7 +161,7 @@ def _fit(job: Job, place: Place, run: str, say: Callable[[str], None]) -> None:
                 thread.join(2 * HEARTBEAT_S)
         if not failures:
             return
-        if not _workers_died(failures[0]):
+        if not _workers_died(failures[0], place):
             raise _cause(failures[0])
         why = ", ".join(sorted({type(failure).__name__ for failure in _worker_failures(failures[0])}))
         say(f"{job.kind:<12}a worker died ({why}); starting again from the last checkpoint")
@@ -198,12 +198,19 @@ def _worker_failures(error: BaseException) -> list[BaseException]:
     return list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
 
 
-def _workers_died(error: BaseException) -> bool:
-    """Whether infrastructure ended the run. Ranks that lose a peer in a sum over ranks see a RuntimeError of torch."""
+def _workers_died(error: BaseException, place: Place) -> bool:
+    """Whether infrastructure ended the run. A rank that loses a peer in a sum over ranks sees a RuntimeError of torch;
+    one that has no peer, or too little memory, has met an error of its own."""
+
+    import torch
+
+    def is_loss(failure: BaseException) -> bool:
+        is_own = place.workers == 1 or isinstance(failure, torch.OutOfMemoryError)
+        lost_peer = isinstance(failure, RuntimeError) and not is_own
+        return type(failure).__module__.startswith("ray.") or lost_peer
+
     failures = _worker_failures(error)
-    return bool(failures) and all(
-        type(failure).__module__.startswith("ray.") or isinstance(failure, RuntimeError) for failure in failures
-    )
+    return bool(failures) and all(map(is_loss, failures))
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -33,6 +33,7 @@ from ops.trained import (
     MODEL,
     STATE,
     Checkpoint,
+    forget_after,
     latest_checkpoint,
     load_state,
     load_weights,
@@ -99,6 +100,8 @@ def run_loop(job: Job, worker: Worker, run: str, stop_after: int | None = None) 
     if checkpoint is not None:
         _restore(store, checkpoint, learning, optimizer, ema)
     first = checkpoint.step if checkpoint else None
+    if worker.rank == 0:
+        forget_after(store, first or 0)
     with Heartbeat(store, run) if worker.rank == 0 else contextlib.nullcontext() as heart:
         _steps(_Run(job, worker, store, learning, optimizer, ema, heart, first, begun_cpu_s, []), stop_after)
         if heart is not None:

@@ -16,7 +16,7 @@ from pipelines.settings import Settings
 from pipelines.stages import Run, record_settings
 from pipelines.tokenize import tokenize
 from pipelines.train import train_tokenizer, train_transformer
-from pipelines.waves import on_ray
+from pipelines.waves import on_ray, raise_if_unfinished
 
 
 @flow(name="build", persist_result=False)
@@ -30,7 +30,7 @@ def build(
 ) -> dict[str, Any]:
     """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing.
 
-    `place` is for both trainings.
+    `place` is for both trainings. Raises Incomplete after a stage that left shards undone.
     """
     run, s = Run(into), settings
     record_settings(run, s)
@@ -38,10 +38,12 @@ def build(
     with on_ray(cluster):
         with timed("ingest", seconds):
             pairs = ingest(lists, run.pairs, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, cluster)
+            raise_if_unfinished(run.pairs, pairs)  # a model is never trained on part of what was asked for
         with timed("train_tokenizer", seconds):
             tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, place)
         with timed("tokenize", seconds):
             tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)
+            raise_if_unfinished(run.tokens, tokens)
         with timed("train_transformer", seconds):
             model = train_transformer(
                 run.tokens, run.model, s.transformer, s.transformer_training, s.sampling, cluster, place

@@ -36,10 +36,13 @@ app = App(
     "Every command can be run again: it does only what is missing.",
     help_format="markdown",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `main` says how to go on
 )
 train = App(name="train", help="Train one of the two models on what an earlier stage made.")
 app.command(train)
 
+Pairs = Annotated[str, Parameter(help="Directory that `ingest` made.")]
+Directory = Annotated[str, Parameter(help="Directory of pairs or of tokens.")]
 Into = Annotated[str, Parameter(help="Directory that this command makes or continues.")]
 Preset = Annotated[str | None, Parameter(help="A name in pipelines/presets/ (tiny, demo) or a TOML file.")]
 Sets = Annotated[
@@ -51,10 +54,12 @@ Cpus = Annotated[int | None, Parameter(help="CPUs of a local Ray; default: all. 
 UrlCol = Annotated[str, Parameter(help="Column of the lists that holds URLs.")]
 CaptionCol = Annotated[str, Parameter(help="Column of the lists that holds captions.")]
 Workers = Annotated[int, Parameter(help="Training processes.")]
+Gpu = Annotated[bool, Parameter(negative="", help="Train on GPUs, one for each worker.")]
+Seed = Annotated[int, Parameter(help="Another seed gives other models and pictures.")]
 
 
 @app.command(sort_key=1)
-def demo(*, into: Into = "runs/demo", sets: Sets = (), seed: int = 0, cpus: Cpus = None, json: Json = False) -> int:
+def demo(*, into: Into = "runs/demo", sets: Sets = (), seed: Seed = 0, cpus: Cpus = None, json: Json = False) -> int:
     """The whole way on real pictures (OpenMoji), from a local web server that also misbehaves; minutes on two cores.
 
     Ends with a table, `summary.json`, `report.html`, and a sheet of pictures drawn from prompts.
@@ -74,18 +79,19 @@ def build(
     caption_col: CaptionCol = "caption",
     cpus: Cpus = None,
     workers: Workers = 1,
+    gpu: Gpu = False,
     json: Json = False,
 ) -> None:
-    """The whole way: ingest, train the tokenizer, tokenize, train the transformer, draw a sheet, write the report."""
+    """The whole way: ingest, train the tokenizer, tokenize, train the transformer, write the report."""
     from pipelines.stages import Run, missing_stages
 
-    settings = _settings(preset, sets)
+    settings, columns = _settings(preset, sets), _columns(url_col, caption_col)
     if not missing_stages(lists, Run(into), settings):
         _say({"into": into, "done": True}, json, f"{into} is finished: nothing to do. Its report is {into}/report.html")
         return
     from pipelines.build import build as flow
 
-    told = flow(list(lists), into, settings, _columns(url_col, caption_col), _cluster(cpus), _place(workers))
+    told = flow(list(lists), into, settings, columns, _cluster(cpus), _place(workers, gpu))
     _say(told, json, f"finished: {told['report']}")
 
 
@@ -113,7 +119,7 @@ def ingest(
 
 
 @app.command(sort_key=4)
-def status(pairs: str, *, json: Json = False) -> None:
+def status(pairs: Pairs, *, json: Json = False) -> None:
     """Shards planned, committed, deferred, failed; pairs kept and rejected by reason; runs alive."""
     from infra.store import open_store
     from ops.status import status as count
@@ -125,7 +131,7 @@ def status(pairs: str, *, json: Json = False) -> None:
 
 @app.command(sort_key=5)
 def rerun(
-    pairs: str,
+    pairs: Pairs,
     *,
     only: Annotated[Literal["transient"] | None, Parameter(help="Only rows that may come; the default.")] = None,
     shards: Annotated[str | None, Parameter(help="Such as 3,7-9; alone: all their rejected rows.")] = None,
@@ -146,7 +152,7 @@ def rerun(
 
 @app.command(sort_key=6)
 def verify(
-    directory: str,
+    directory: Directory,
     *,
     deep: Annotated[bool, Parameter(negative="", help="Read every byte, not only sizes and counts.")] = False,
     json: Json = False,
@@ -165,10 +171,12 @@ def verify(
 
 @app.command(sort_key=7)
 def sweep(
-    directory: str,
+    directory: Directory,
     *,
     grace_hours: Annotated[float, Parameter(help="Age below which nothing is touched.")] = 24.0,
-    superseded: Annotated[bool, Parameter(negative="", help="Also generations that a rerun replaced.")] = False,
+    superseded: Annotated[
+        bool, Parameter(negative="", help="Also replaced generations; trained models may name them.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Remove what no receipt or instalment names and is older than the grace time."""
@@ -181,13 +189,14 @@ def sweep(
 
 @train.command
 def tokenizer(
-    pairs: str,
+    pairs: Pairs,
     *,
     into: Into,
     preset: Preset = None,
     sets: Sets = (),
     cpus: Cpus = None,
     workers: Workers = 1,
+    gpu: Gpu = False,
     json: Json = False,
 ) -> None:
     """Train the discrete VAE on pictures."""
@@ -195,13 +204,13 @@ def tokenizer(
     from pipelines.train import train_tokenizer as flow
 
     s = _settings(preset, sets)
-    told = flow(pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), _place(workers))
+    told = flow(pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), _place(workers, gpu))
     _say(told, json, show_trained(told))
 
 
 @app.command(sort_key=8)
 def tokenize(
-    pairs: str,
+    pairs: Pairs,
     *,
     tokenizer: Annotated[str, Parameter(help="Directory of a trained tokenizer.")],
     into: Into,
@@ -218,13 +227,14 @@ def tokenize(
 
 @train.command
 def transformer(
-    tokens: str,
+    tokens: Annotated[str, Parameter(help="Directory that `tokenize` made.")],
     *,
     into: Into,
     preset: Preset = None,
     sets: Sets = (),
     cpus: Cpus = None,
     workers: Workers = 1,
+    gpu: Gpu = False,
     json: Json = False,
 ) -> None:
     """Train the transformer on captions and codes."""
@@ -232,16 +242,16 @@ def transformer(
     from pipelines.train import train_transformer as flow
 
     s = _settings(preset, sets)
-    told = flow(tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), _place(workers))
+    told = flow(tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), _place(workers, gpu))
     _say(told, json, show_trained(told))
 
 
 @app.command(sort_key=9)
 def generate(
-    model: str,
-    *prompts: str,
+    model: Annotated[str, Parameter(help="Directory that `train transformer` made.")],
+    *prompts: Annotated[str, Parameter(help="What the pictures should show, each in quotes.")],
     n: Annotated[int, Parameter(name=["-n", "--pictures"], help="Pictures a prompt.")] = 9,
-    seed: int = 0,
+    seed: Seed = 0,
     into: Annotated[str | None, Parameter(help="PNG file of the sheet; default: MODEL/../pictures/PROMPT.png.")] = None,
     tokenizer: Annotated[
         str | None, Parameter(help="Directory of a tokenizer; default: the one MODEL carries.")
@@ -258,7 +268,9 @@ def generate(
 
 
 @app.command(sort_key=10)
-def report(run: str, *, json: Json = False) -> None:
+def report(
+    run: Annotated[str, Parameter(help="Directory that `build` or `demo` made.")], *, json: Json = False
+) -> None:
     """Write RUN/report.html: funnel, curves, reconstructions, samples. One file, no outside references."""
     from ops.report import write_run_report
 
@@ -292,10 +304,10 @@ def _cluster(cpus: int | None) -> Cluster:
     return Cluster(dashboard=True) if cpus is None else Cluster(cpus=cpus, dashboard=True)
 
 
-def _place(workers: int) -> Any:
+def _place(workers: int, gpu: bool) -> Any:
     from ops.jobs import Place
 
-    return Place(workers)
+    return Place(workers, gpu=gpu)
 
 
 def _columns(url: str, caption: str) -> Any:
@@ -306,13 +318,11 @@ def _columns(url: str, caption: str) -> Any:
 
 def _end(into: str, told: dict[str, Any], as_json: bool) -> None:
     """The end of a sharded stage: what became of it, and exit code 5 if shards are left."""
-    from ops.errors import Incomplete
     from pipelines.show import show_tally
+    from pipelines.waves import raise_if_unfinished
 
     _say(told, as_json, show_tally(into, told))
-    if told["unfinished"]:
-        first = told["unfinished"][0]
-        raise Incomplete(into, len(told["unfinished"]), f"shard {first['shard']}: {first['state']} {first['error']}")
+    raise_if_unfinished(into, told)
 
 
 def _say(told: Any, as_json: bool, text: str | None = None) -> None:

@@ -10,15 +10,16 @@ from prefect.cache_policies import NO_CACHE
 
 from infra.cluster import Cluster
 from infra.store import open_store
-from ops.errors import BadList, UsageError
+from ops.errors import UsageError
 from ops.fetch import FetchSettings
 from ops.filters import FilterSettings
-from ops.ingest import OutageSettings, pending_tasks, rerun_tasks, start_pairs
+from ops.ingest import OutageSettings, pending_tasks, rerun_tasks
 from ops.ingest import ingest as ingest_shards
 from ops.pictures import PictureSettings
-from ops.plan import Columns, Extension, PlanSettings, extend_plan, read_instalments
+from ops.plan import Columns, Extension, PlanSettings, extend_plan
 from ops.recipes import RECIPE, read_json
 from ops.waves import cluster_cpus, wave_size
+from pipelines.stages import begin_pairs
 from pipelines.waves import end_state, on_ray, run_in_waves
 
 
@@ -37,13 +38,8 @@ def ingest(
 ) -> dict[str, Any]:
     """Extends the plan by the lists that are new, then does every shard that is planned and not committed."""
     store = open_store(into)
-    start_pairs(store, plan, filters, picture)
-    try:
-        extension: Extension = _plan(into, lists, plan, filters, columns)
-    except BadList:
-        if not read_instalments(store):
-            store.delete(RECIPE)  # nothing was made with these settings: other ones may follow
-        raise
+    begin_pairs(store, plan, filters, picture)
+    extension: Extension = _plan(into, lists, plan, filters, columns)
     for label in extension.changed:
         print(f"ingest      {label}: its bytes changed since it was planned; skipped", file=sys.stderr)
     for label in extension.passed_over:
@@ -52,7 +48,7 @@ def ingest(
     with on_ray(cluster):
         tally = run_in_waves("ingest", ingest_shards(into, tasks), len(tasks), wave_size(cluster_cpus()))
     lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}
-    told: dict[str, Any] = end_state(into, tally, lists=lists_left)
+    told: dict[str, Any] = end_state(into, tally, extension.changed, lists=lists_left)
     return told
 
 

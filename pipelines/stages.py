@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.store import join, open_store
-from ops.errors import UsageError
+from infra.store import Store, join, open_store
+from ops.errors import RecipeChanged, UsageError
+from ops.filters import FilterSettings
 from ops.ingest import start_pairs
 from ops.jobs import Job
 from ops.lists import find_lists, fingerprint
-from ops.plan import Instalment, read_instalments
+from ops.pictures import PictureSettings
+from ops.plan import Instalment, PlanSettings, read_instalments
 from ops.recipes import RECIPE
 from ops.shards import committed_generations
 from ops.tokenize import pending_tasks as pending_tokens
@@ -65,15 +67,18 @@ class Run:
 def missing_stages(lists: Sequence[str], run: Run, settings: Settings) -> list[str]:
     """Names of the stages that still have work, in order; empty for a finished run.
 
-    Raises RecipeChanged if a stage that was begun was made with other settings, and BadList for lists that are none.
+    Raises RecipeChanged if a stage that was begun was made with other settings, UsageError for lists that are none and
+    for sizes of the two models that do not fit each other.
     """
     if not lists:
         raise UsageError("no list was given.", "Name at least one list file or folder: armchair build LIST --into RUN")
+    find_lists(lists)
+    _check_fit(settings)
     missing = []
     if not _begun(run.pairs):
         return ["ingest", "train tokenizer", "tokenize", "train transformer", "report"]
     pairs = open_store(run.pairs)
-    start_pairs(pairs, settings.plan, settings.filters, settings.picture)
+    begin_pairs(pairs, settings.plan, settings.filters, settings.picture)
     instalments = read_instalments(pairs)
     planned = {order.shard for instalment in instalments for order in instalment.work_orders}
     if _has_new(lists, instalments) or planned - committed_generations(pairs).keys():
@@ -88,9 +93,41 @@ def missing_stages(lists: Sequence[str], run: Run, settings: Settings) -> list[s
             missing.append("tokenize")
     if not _is_trained(run.transformer_job(settings)):
         missing.append("train transformer")
-    if open_store(run.location).stat("report.html") is None:
+    if not missing and _is_report_old(run):
         missing.append("report")
     return missing
+
+
+def _check_fit(settings: Settings) -> None:
+    """Before anything is fetched or trained: the transformer must have the codes of the tokenizer."""
+    for name, mine, its in (
+        ("grid", settings.transformer.grid, settings.dvae.grid),
+        ("image_vocabulary", settings.transformer.image_vocabulary, settings.dvae.vocabulary),
+    ):
+        if mine != its:
+            raise UsageError(
+                f"transformer.{name} is {mine}, but the tokenizer of these settings has {its}.",
+                f"Add --set transformer.{name}={its}",
+            )
+
+
+def begin_pairs(store: Store, plan: PlanSettings, filters: FilterSettings, picture: PictureSettings) -> None:
+    """`start_pairs`; other settings than a recipe's are taken while nothing is planned, as after a bad list."""
+    try:
+        start_pairs(store, plan, filters, picture)
+    except RecipeChanged:
+        if read_instalments(store):
+            raise
+        store.delete(RECIPE)
+        start_pairs(store, plan, filters, picture)
+
+
+def _is_report_old(run: Run) -> bool:
+    """Whether there is no report, or one from before the last commit of a shard or a checkpoint."""
+    written = open_store(run.location).stat("report.html")
+    commits = [(run.pairs, "receipts/"), (run.tokenizer, "steps/"), (run.tokens, "receipts/"), (run.model, "steps/")]
+    newest = max(entry.modified_s for stage, prefix in commits for entry in open_store(stage).list(prefix))
+    return written is None or written.modified_s < newest
 
 
 def _has_new(lists: Sequence[str], instalments: Sequence[Instalment]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -47,11 +47,13 @@ class Tally:
     def add(self, outcome: ShardOutcome) -> None:
         """Counts one shard that ended."""
         self.states[outcome.state] += 1
-        self.rows += outcome.rows
-        self.kept += outcome.kept
-        self.rejected.update(outcome.rejected)
+        if outcome.state in ("committed", "already"):  # what a deferred shard fetched is not on disk
+            self.rows += outcome.rows
+            self.kept += outcome.kept
+            self.rejected.update(outcome.rejected)
         if outcome.state in ("deferred", "failed"):
-            self.unfinished.append({"shard": outcome.shard, "state": outcome.state, "error": outcome.error})
+            why = " ".join(part for part in (outcome.error, outcome.text) if part)
+            self.unfinished.append({"shard": outcome.shard, "state": outcome.state, "why": why})
 
     def as_json(self) -> dict[str, Any]:
         """The counts of this run, for people and for `--json`."""
@@ -105,16 +107,27 @@ def run_in_waves(stage: str, outcomes: Iterator[ShardOutcome], total: int, wave_
     return tally
 
 
-def end_state(location: str, tally: Tally, **facts: Any) -> Any:
-    """The flow's final state: Completed, CompletedWithFailures (deferred or failed shards remain), or Failed (all).
+def raise_if_unfinished(location: str, told: dict[str, Any]) -> None:
+    """Raises Incomplete for a stage that ended with shards left, as `Tally.as_json` tells it."""
+    if left := told["unfinished"]:
+        first = left[0]
+        raise Incomplete(location, len(left), f"shard {first['shard']} {first['state']} {first['why']}".strip())
+
+
+def end_state(location: str, tally: Tally, changed: Sequence[str] = (), **facts: Any) -> Any:
+    """The flow's final state: Completed, CompletedWithFailures (deferred or failed shards remain, or lists of a
+    watched folder `changed` and were skipped), or Failed (all shards).
 
     Untyped, because a flow that returns a state gives its caller the state's data (here the tally
     as JSON values, and `facts`).
     """
     told = tally.as_json() | facts
     left = len(tally.unfinished)
-    if not left:
+    if not left and not changed:
         return Completed(data=told)
+    if not left:
+        message = f"skipped, because their bytes changed since they were planned: {', '.join(changed)}"
+        return Completed(name="CompletedWithFailures", message=message, data=told)
     why = ", ".join(f"{n} {state}" for state, n in tally.states.items() if state in ("deferred", "failed"))
     error = Incomplete(location, left, why)
     if left == tally.planned:

@@ -34,7 +34,7 @@ EXAMPLES: list[tuple[ArmchairError, int, list[str]]] = [
     (
         errors.Incomplete("pairs", 3, "2 deferred, 1 failed"),
         5,
-        ["pairs: 3 shards", "2 deferred", "armchair status pairs"],
+        ["pairs: 3 shards", "2 deferred", "same command again"],
     ),
 ]
 

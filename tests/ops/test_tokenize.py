@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from infra.store import open_store
-from ops.errors import DamagedArtifact, RecipeChanged
+from ops.errors import DamagedArtifact, RecipeChanged, UsageError
 from ops.learning import images_of
 from ops.pictures import decode_stored, tokenizer_crop, transformer_crop
 from ops.seeds import derived_seed
@@ -122,10 +123,15 @@ def test_a_regenerated_shard_copies_the_codes_of_unchanged_uids_and_encodes_only
 
 def test_another_tokenizer_or_other_crops_are_refused(learned: Learned, tmp_path: Path) -> None:
     tokens = shutil.copytree(learned.tokens, tmp_path / "tokens")
-    trained_less = shutil.copytree(learned.tokenizer, tmp_path / "tokenizer")
-    (trained_less / "steps" / "0000020" / "receipt.json").unlink()
+    other = shutil.copytree(learned.tokenizer, tmp_path / "tokenizer")
+    (other / "steps" / "0000020" / "receipt.json").unlink()
+    with pytest.raises(UsageError, match="is at step 10 of 20"):
+        start_tokens(str(learned.pairs), str(other), str(tokens), TOKENS)
+    recipe = json.loads((other / "recipe.json").read_bytes())
+    recipe["identity"]["tokenizer_training"]["steps"] = 10
+    (other / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(RecipeChanged, match="tokenizer: was"):
-        start_tokens(str(learned.pairs), str(trained_less), str(tokens), TOKENS)
+        start_tokens(str(learned.pairs), str(other), str(tokens), TOKENS)
     with pytest.raises(RecipeChanged, match=r"tokens\.crops: was 2, now 3"):
         start_tokens(str(learned.pairs), str(learned.tokenizer), str(tokens), replace(TOKENS, crops=3))
 
@@ -157,6 +163,15 @@ def test_a_shard_of_which_nothing_was_kept_is_committed_empty(learned: Learned, 
     assert tokenize_here(pairs, learned.tokenizer, tmp_path / "tokens") == ["committed"] * 3
     assert verify(open_store(str(tmp_path / "tokens")), deep=True).ok
     assert read_receipts(open_store(str(tmp_path / "tokens")))[2].row_groups == ()
+
+
+def test_a_rerun_that_brings_the_first_pictures_of_a_shard_is_encoded(learned: Learned, tmp_path: Path) -> None:
+    pairs = shutil.copytree(learned.pairs, tmp_path / "pairs")
+    write_pair_shard(pairs, 2, [])
+    tokenize_here(pairs, learned.tokenizer, tmp_path / "tokens")
+    write_pair_shard(pairs, 2, list(range(200, 210)), generation=1)
+    assert tokenize_here(pairs, learned.tokenizer, tmp_path / "tokens") == ["committed"]
+    assert read_receipts(open_store(str(tmp_path / "tokens")))[2].kept == 8
 
 
 def test_several_crops_of_the_same_square_are_refused() -> None:

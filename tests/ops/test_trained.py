@@ -11,6 +11,7 @@ import torch
 from infra.store import open_store
 from ops.errors import DamagedArtifact, UnknownFormat, UsageError
 from ops.trained import (
+    forget_after,
     freeze_tokenizer,
     latest_checkpoint,
     load_state,
@@ -44,6 +45,14 @@ def test_a_checkpoint_names_its_files_and_the_averaged_weights_are_the_model(lea
         data = (learned.model / ref.key).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (ref.bytes, ref.sha256)
     assert checkpoint.digest == checkpoint.files["ema.safetensors"].sha256
+
+
+def test_what_lies_past_a_checkpoint_is_forgotten(learned: Learned, tmp_path: Path) -> None:
+    """A resume with another interval would write its rows under other names, beside those of the killed run."""
+    stage = shutil.copytree(learned.tokenizer, tmp_path / "stage")
+    forget_after(open_store(str(stage)), 10)
+    assert sorted(path.name for path in (stage / "metrics").iterdir()) == ["0000010.jsonl"]
+    assert sorted(path.name for path in (stage / "sheets").iterdir()) == ["0000010.png"]
 
 
 def test_the_receipt_is_put_after_everything_it_speaks_of(tmp_path: Path) -> None:
