@@ -72,8 +72,6 @@ class TrainSettings:
     """Seed of the initial weights, the order of rows, crops, noise and dropout."""
     where: dict[str, str | list[str]] = Field(default_factory=dict)
     """Columns of the lists and the value, or values, that a pair must have to be trained on; empty: all pairs."""
-    prompts: tuple[str, ...] = ()
-    """Prompts drawn at each checkpoint of the transformer. Empty: captions that are in the data, seen and held out."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -106,6 +104,14 @@ class TokenizerTrainSettings(TrainSettings):
     """Train on random crops (App. A.2, listing 1); off: the central square, for pictures that fill their frame."""
     flips: bool = True
     """Mirror half of the pictures."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class TransformerTrainSettings(TrainSettings):
+    """How the transformer is trained. The defaults are the paper's (App. B.2)."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts drawn at each checkpoint. Empty: captions that are in the data, seen and held out."""
 
 
 @plain_dataclass(frozen=True)

@@ -25,7 +25,7 @@ from models.schedules import half_cosine
 from models.text import CaptionTokenizer, train_bpe
 from models.transformer import Transformer, TransformerSettings
 from ops.errors import DamagedArtifact, UsageError
-from ops.jobs import Job, TokenizerTrainSettings, Worker
+from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings, Worker
 from ops.pictures import decode_stored, tokenizer_crop
 from ops.reader import Codes, Reader, Row, codes_reader, pictures_reader
 from ops.recipes import sha256
@@ -165,6 +165,7 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
 def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -> Learning:
     """The transformer on captions and codes of TOKENS (paper, §2.2)."""
     assert isinstance(job.model, TransformerSettings)
+    assert isinstance(job.training, TransformerTrainSettings)
     settings, training = job.model, job.training
     dvae, tokenizer = load_tokenizer(into.location)
     dvae.to(worker.device)

@@ -25,7 +25,7 @@ from ops.errors import BadSetting, UsageError
 from ops.fetch import FetchSettings
 from ops.filters import FilterSettings
 from ops.ingest import OutageSettings
-from ops.jobs import TokenizerTrainSettings, TrainSettings
+from ops.jobs import TokenizerTrainSettings, TransformerTrainSettings
 from ops.pictures import PictureSettings
 from ops.plan import PlanSettings
 from ops.tokenize import TokensSettings
@@ -66,7 +66,7 @@ class Settings:
     """How pictures become codes."""
     transformer: TransformerSettings = Field(default_factory=TransformerSettings)
     """The transformer over text and codes."""
-    transformer_training: TrainSettings = Field(default_factory=TrainSettings)
+    transformer_training: TransformerTrainSettings = Field(default_factory=TransformerTrainSettings)
     """How the transformer is trained."""
     sampling: SampleSettings = Field(default_factory=SampleSettings)
     """How codes are drawn from the transformer."""

@@ -12,7 +12,7 @@ from infra.cluster import Cluster
 from models.dvae import DvaeSettings
 from models.sampling import SampleSettings
 from models.transformer import TransformerSettings
-from ops.jobs import Job, Place, TokenizerTrainSettings, TrainSettings
+from ops.jobs import Job, Place, TokenizerTrainSettings, TransformerTrainSettings
 from ops.training import train
 from pipelines.waves import on_ray
 
@@ -40,7 +40,7 @@ def train_transformer(
     tokens: str,
     into: str,
     transformer: TransformerSettings = TransformerSettings(),
-    training: TrainSettings = TrainSettings(),
+    training: TransformerTrainSettings = TransformerTrainSettings(),
     sampling: SampleSettings = SampleSettings(),
     cluster: Cluster = Cluster(),
     place: Place = Place(),

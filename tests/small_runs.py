@@ -12,7 +12,7 @@ import pyarrow as pa
 from infra.store import open_store
 from models.dvae import DvaeSettings
 from models.transformer import TransformerSettings
-from ops.jobs import Job, TokenizerTrainSettings, TrainSettings
+from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings
 from ops.pictures import PictureSettings, encode_jpeg
 from ops.recipes import start_stage
 from ops.shards import Receipt, publish, sidecar_schema, write_table, write_tar
@@ -61,7 +61,7 @@ TRANSFORMER = TransformerSettings(
     heads=2,
     caption_dropout=0.1,
 )
-TRANSFORMER_TRAINING = TrainSettings(
+TRANSFORMER_TRAINING = TransformerTrainSettings(
     steps=20,
     batch=8,
     learning_rate=5e-3,
@@ -145,7 +145,7 @@ def tokenizer_job(pairs: Path, into: Path, training: TokenizerTrainSettings = TO
     return Job("tokenizer", str(pairs), str(into), DVAE, training)
 
 
-def transformer_job(tokens: Path, into: Path, training: TrainSettings = TRANSFORMER_TRAINING) -> Job:
+def transformer_job(tokens: Path, into: Path, training: TransformerTrainSettings = TRANSFORMER_TRAINING) -> Job:
     """Training of the tiny transformer."""
     return Job("transformer", str(tokens), str(into), TRANSFORMER, training)
 
