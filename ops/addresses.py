@@ -82,7 +82,17 @@ def normal_url(url: str) -> Target | Rejected:
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_RELAY_6TO4 = ipaddress.IPv4Network("192.88.99.0/24")
+_REFUSED = [
+    ipaddress.ip_network(network)
+    for network in (
+        "192.88.99.0/24",  # 6to4 relays
+        "192.0.0.0/24",  # IETF protocols; 192.0.0.192 is Oracle's metadata server
+        "168.63.129.16/32",  # Azure's host, a public number that means another machine in each network
+        "3fff::/20",  # documentation; newer than Python 3.11's tables, like the next
+        "5f00::/16",  # segment routing
+    )
+]
+"""Networks that `ipaddress.is_global` takes for public."""
 
 
 def is_public(address: str) -> bool:
@@ -103,7 +113,7 @@ def is_public(address: str) -> bool:
             return all(is_public(str(v4)) for v4 in inner)
         if ip.is_site_local:
             return False
-    elif ip in _RELAY_6TO4:
+    if any(ip in network for network in _REFUSED):
         return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
