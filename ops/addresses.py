@@ -125,14 +125,17 @@ class _Name:
 
 
 class Names:
-    """A cache over the resolver: many threads that want one name ask once. Its own small pool, since getaddrinfo
-    can't be interrupted; DNS is the first limit of large runs."""
+    """A cache over the resolver: many threads that want one name ask once. Its own pool, since getaddrinfo
+    can't be interrupted; DNS is the first limit of large runs.
 
-    def __init__(self, resolver: Resolver) -> None:
+    `threads` as many as ask: a question that waits for a thread would do so on its row's deadline.
+    """
+
+    def __init__(self, resolver: Resolver, threads: int) -> None:
         self._resolver = resolver
         self._lock = threading.Lock()
         self._names: dict[str, _Name] = {}
-        self._pool = ThreadPoolExecutor(16, thread_name_prefix="fetch-names")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch-names")
         self._closed = False
 
     def addresses(self, host: str, timeout_s: float) -> Sequence[str]:

@@ -121,7 +121,7 @@ class Fetcher:
         self._allowed = [ipaddress.ip_network(network) for network in settings.allow_private]
         self._closing = threading.Event()
         self._reaper = _Reaper()
-        self._names = Names(resolver or system_resolver)
+        self._names = Names(resolver or system_resolver, settings.threads)
         self._budget = _Budget(settings.bytes_in_flight)
         self._hosts = _Hosts(settings.connections_per_host)
 

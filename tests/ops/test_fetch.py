@@ -223,6 +223,19 @@ def test_a_missing_name_and_a_failing_resolver_are_two_reasons_and_only_the_firs
     assert asked == ["none.example"] + ["again.example"] * 3
 
 
+def test_names_do_not_queue_for_a_thread_of_the_resolver() -> None:
+    together = threading.Barrier(24)
+
+    def resolver(host: str) -> list[str]:
+        together.wait(3)
+        return ["127.0.0.1"]
+
+    with canned() as server, Fetcher(settings(threads=24, retries=0), resolver=resolver) as fetcher:
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(pool.map(fetcher.fetch, [f"http://n{i}.example:{server.port}/" for i in range(24)]))
+    assert [reason(answer) for answer in answers] == [SUCCESS] * 24
+
+
 def test_a_resolver_that_hangs_costs_the_deadline_and_no_more() -> None:
     wake = threading.Event()
     with Fetcher(settings(deadline_s=0.4), resolver=lambda host: [str(wake.wait(5))]) as fetcher:
