@@ -11,13 +11,15 @@ What the web may try, and what stops it:
     a byte of the headers now and then         a per-operation timeout never fires: the reaper shuts the socket
     a body without end, a gzip bomb            `max_bytes`, counted on what comes out of the inflater
     many large bodies at once                  `bytes_in_flight`, reserved before the body is read
-    a Content-Length that lies                 `truncated`
+    a Content-Length that lies, a head that    `truncated`
+    the end of the connection cuts
 
 Proxies of the environment (http_proxy) are not used: a proxy resolves names itself, past the address check.
 """
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import math
 import socket
@@ -29,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from types import TracebackType
 from typing import Annotated
 from urllib.parse import urljoin
@@ -298,7 +300,9 @@ class Fetcher:
             if (declared is not None and wire < declared) or (inflater is not None and wire and not inflater.eof):
                 raise _No(Reason.TRUNCATED, "", status)
             if not body:
-                raise _No(Reason.EMPTY, "", status)
+                # Without a length or chunks, the end of the connection is all there is: no proof that nothing was cut.
+                proven = declared is not None or response.chunked or wire
+                raise _No(Reason.EMPTY if proven else Reason.TRUNCATED, "", status)
             kept = len(body)
         except zlib.error as error:
             raise _No(Reason.DECODE, "gzip", status) from error
@@ -336,11 +340,48 @@ def _no_for(error: Exception, step: str) -> _No:
         case TimeoutError() if step != "connect":
             return _No(Reason.TIMEOUT, step)
         case IncompleteRead():
-            return _No(Reason.TRUNCATED)
+            return _No(Reason.TRUNCATED, step)
         case OSError():  # RemoteDisconnected too, which is also an HTTPException
             return _No(Reason.TRUNCATED) if step == "body" else _No(Reason.CONNECT)
         case _:
             return _No(Reason.HTTP_STATUS, "not an answer in HTTP")
+
+
+class _Lines(io.BufferedReader):
+    """Remembers the last line that was not nothing: http.client takes the end of the connection for an empty line."""
+
+    last = b""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        self.last = line or self.last
+        return line
+
+
+class _Response(HTTPResponse):
+    """Raises IncompleteRead for a head, or for chunks, that the end of the connection cut."""
+
+    def __init__(self, sock: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None):
+        super().__init__(sock, debuglevel, method, url)
+        self.fp = self._lines = _Lines(self.fp.detach())
+
+    def begin(self) -> None:
+        try:
+            super().begin()
+        except BadStatusLine as error:
+            line = self._lines.last
+            if line.startswith(b"HTTP/1."[: len(line)]) and line and not line.endswith(b"\n"):
+                raise IncompleteRead(b"") from error
+            raise
+        # An error's status says all that we want to know of it.
+        if self._lines.last not in (b"\r\n", b"\n") and self.status < 400:
+            raise IncompleteRead(b"")
+
+    def read1(self, n: int = -1) -> bytes:
+        data = super().read1(n)
+        if not data and self.chunked and not self._lines.last.endswith(b"\n"):  # "0" of "0a00\r\n"
+            raise IncompleteRead(b"")
+        return data
 
 
 def _connection(target: Target, context: ssl.SSLContext) -> HTTPConnection:
@@ -350,6 +391,7 @@ def _connection(target: Target, context: ssl.SSLContext) -> HTTPConnection:
     else:
         connection = HTTPConnection(target.host, target.port)
     connection.auto_open = 0
+    connection.response_class = _Response
     return connection
 
 

@@ -343,6 +343,41 @@ def test_bodies_end_as_their_bytes_or_as_the_reason(head: str, body: bytes, want
 
 
 @pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"HTT", "truncated"),
+        (b"HTTP/1.1 20", "truncated"),
+        (b"HTTP/1.1 200 OK\r\n", "truncated"),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", "truncated"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n", "truncated"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\n", "truncated"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0", "truncated"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n", "truncated"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "truncated"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0", "truncated"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n00", "truncated"),
+        (b"HTTP/1.1 302 Found\r\nServer: x\r\n", "truncated"),
+        (b"HTTP/1.1 302 Found\r\nLocation: /pict", "truncated"),
+        (b"HTTP/1.1 302 Found\r\nServer: x\r\n\r\n", "http_status"),
+        (b"HTTP/1.1 404 Not Fo", "http_4xx"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "empty"),
+        (b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", "empty"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", "empty"),
+        (b"SSH-2.0-x", "http_status"),
+        (b"", "connect"),
+    ],
+)
+def test_what_the_end_of_the_connection_cut_is_no_permanent_rejection(data: bytes, why: str) -> None:
+    with canned(data) as server, Fetcher(settings(retries=0)) as fetcher:
+        assert reason(fetcher.fetch(server.url)) == why
+
+
+def test_an_answer_that_was_cut_in_its_head_is_asked_for_again() -> None:
+    with canned(lambda head, number: BODY if number == 2 else BODY[:24]) as server, Fetcher(settings()) as fetcher:
+        assert reason(fetcher.fetch(server.url)) == SUCCESS
+
+
+@pytest.mark.parametrize(
     ("status", "why"),
     [
         (204, "empty"), (300, "http_status"), (304, "http_status"), (400, "http_4xx"), (408, "http_408"),
