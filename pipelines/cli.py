@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import signal
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -355,6 +356,13 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault(name, value)
     from ops.errors import ArmchairError
 
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         _check_install()
         code = app(sys.argv[1:] if arguments is None else arguments)
@@ -367,7 +375,12 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         print(f"armchair: storage: {error}. Check the path, its rights and the space left.", file=sys.stderr)
         sys.exit(3)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        # Ctrl-C reaches Prefect's server too, and what is seen here may be that it no longer answers.
+        if not interrupted and not isinstance(error, KeyboardInterrupt):
+            raise
         print("armchair: stopped. Run the same command again to go on from here.", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
     sys.exit(code if isinstance(code, int) else 0)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,23 @@ def test_prefect_is_given_the_time_its_first_start_needs_and_no_telemetry() -> N
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     told = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
     assert told.stderr.split() == ["120", "False"], told.stderr
+
+
+def test_ctrl_c_ends_with_a_line_that_says_how_to_go_on(tmp_path: Path) -> None:
+    """While Prefect's server starts: the signal reaches it too, as from a terminal."""
+    listed = tmp_path / "list.tsv"
+    listed.write_text("url\tcaption\nhttp://127.0.0.1:9/1.jpg\ta cat on a mat\n")
+    command = [sys.executable, "-m", "pipelines", "ingest", str(listed), "--into", str(tmp_path / "pairs")]
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    with subprocess.Popen(
+        command, cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        for _ in range(600):
+            if (tmp_path / "prefect").exists() or run.poll() is not None:
+                break
+            time.sleep(0.1)
+        time.sleep(1)
+        os.killpg(run.pid, signal.SIGINT)
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 130, told
+    assert told.strip().splitlines()[-1].startswith("armchair: stopped. Run the same command again")
