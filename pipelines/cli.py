@@ -10,6 +10,7 @@ import json as json_module
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -356,11 +357,14 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault(name, value)
     from ops.errors import ArmchairError
 
-    interrupted: list[int] = []
+    interrupted: list[float] = []
 
     def interrupt(number: int, frame: object) -> None:
-        interrupted.append(number)
-        raise KeyboardInterrupt
+        interrupted.append(time.monotonic())
+        if len(interrupted) == 1:
+            raise KeyboardInterrupt
+        if interrupted[-1] - interrupted[0] > 1.0:  # the second Ctrl-C of somebody who won't wait for the cleaning up
+            os._exit(130)
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
@@ -382,5 +386,6 @@ def main(arguments: list[str] | None = None) -> None:
         print("armchair: stopped. Run the same command again to go on from here.", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGINT, before)
+        if not interrupted:
+            signal.signal(signal.SIGINT, before)
     sys.exit(code if isinstance(code, int) else 0)
