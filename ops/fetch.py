@@ -10,7 +10,7 @@ What the web may try, and what stops it:
     by a redirect or a second DNS answer       connection goes to a checked address, never to the name again
     a byte of the headers now and then         a per-operation timeout never fires: the reaper shuts the socket
     a body without end, a gzip bomb            `max_bytes`, counted on what comes out of the inflater
-    many large bodies at once                  `bytes_in_flight`, reserved before the body is read
+    many large bodies at once                  `bytes_in_flight`, reserved before the bytes are kept
     a Content-Length that lies, a head that    `truncated`
     the end of the connection cuts
 
@@ -77,6 +77,7 @@ class FetchSettings:
 
 
 READ_SIZE = 65536
+INFLATED_SIZE = 1 << 20
 
 
 class Fetched:
@@ -124,7 +125,9 @@ class Fetcher:
         self._closing = threading.Event()
         self._reaper = _Reaper()
         self._names = Names(resolver or system_resolver, settings.threads)
-        self._budget = _Budget(settings.bytes_in_flight)
+        self._budget = _Budget(settings.bytes_in_flight, settings.max_bytes, self._closing)
+        # First pieces of all threads take half the budget; the other half lets bodies grow.
+        self._piece = min(settings.max_bytes, max(1 << 20, settings.bytes_in_flight // (2 * settings.threads)))
         self._hosts = _Hosts(settings.connections_per_host)
 
     def __enter__(self) -> Fetcher:
@@ -280,21 +283,20 @@ class Fetcher:
         declared = response.length  # None: chunked, or until the connection ends
         if declared is not None and declared > limit:
             raise _No(Reason.TOO_LARGE, "declared", status)
-        reserved = limit if inflater is not None or declared is None else declared
-        with watch.paused(clock):
-            if not self._budget.reserve(reserved, self.settings.deadline_s):
-                raise _No(Reason.TIMEOUT, "no room in the byte budget", status)
-        kept = 0
+        whole = declared if inflater is None else None
+        room, kept = _Room(), 0
         try:
+            self._take_room(room, self._piece if whole is None else whole, clock, watch, is_whole=whole is not None)
             # One growing buffer: a list of chunks leaves 64 threads' worth of freed pieces in the allocator.
             body, wire = bytearray(), 0
             while chunk := response.read1(READ_SIZE):
                 wire += len(chunk)
-                if inflater is not None:
-                    chunk = inflater.decompress(chunk, limit + 1 - len(body))
-                if len(body) + len(chunk) > limit:
-                    raise _No(Reason.TOO_LARGE, "", status)
-                body += chunk
+                for piece in [chunk] if inflater is None else _inflated(inflater, chunk):
+                    if len(body) + len(piece) > limit:
+                        raise _No(Reason.TOO_LARGE, "", status)
+                    while len(body) + len(piece) > room.held:
+                        self._take_room(room, min(self._piece, limit - room.held), clock, watch, is_whole=False)
+                    body += piece
             if watch.expired:
                 raise _No(Reason.TIMEOUT, "body", status)
             if (declared is not None and wire < declared) or (inflater is not None and wire and not inflater.eof):
@@ -307,9 +309,25 @@ class Fetcher:
         except zlib.error as error:
             raise _No(Reason.DECODE, "gzip", status) from error
         finally:
-            self._budget.release(reserved - kept)
+            self._budget.keep(room, kept)
         content_type = response.getheader("Content-Type", "").partition(";")[0].strip().lower()[:100]
-        return Fetched(bytes(body), target.url, status, content_type, lambda: self._budget.release(kept))
+        return Fetched(bytes(body), target.url, status, content_type, lambda: self._budget.keep(room, 0))
+
+    def _take_room(self, room: _Room, n: int, clock: _Clock, watch: _Watch, *, is_whole: bool) -> None:
+        if watch.expired:
+            raise _No(Reason.TIMEOUT, "body")
+        with watch.paused(clock):
+            if not self._budget.take(room, n, clock.not_after, is_whole=is_whole):
+                raise _No(Reason.TIMEOUT, "no room in the byte budget")
+
+
+def _inflated(inflater: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:
+    """What a chunk becomes, a megabyte at most at a time; what follows the end of the stream is dropped."""
+    piece = b""
+    while not inflater.eof and (chunk or len(piece) == INFLATED_SIZE):
+        piece = inflater.decompress(chunk, INFLATED_SIZE)
+        chunk = inflater.unconsumed_tail
+        yield piece
 
 
 class _No(Exception):
@@ -539,27 +557,59 @@ class _Reaper:
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
-class _Budget:
-    """Bytes that may be in memory at once. A reservation is made whole, before the first byte: two half-read bodies
-    that wait for each other's room would wait for ever."""
+class _Room:
+    """What one body holds of the budget."""
 
-    def __init__(self, total: int) -> None:
+    held = 0
+
+
+class _Budget:
+    """Bytes that may be in memory at once.
+
+    A body of known length reserves it whole, before the first byte. One of unknown length grows, and two half-read
+    bodies that wait for each other's room would wait for ever. So growing leaves `largest` bytes free, the most that
+    one body may need, and one body at a time, the elder, may take of these: it always comes to its end.
+    """
+
+    def __init__(self, total: int, largest: int, closing: threading.Event) -> None:
         self._total = total
+        self._largest = largest
         self._free = total
+        self._elder: _Room | None = None
+        self._closing = closing
         self._changed = threading.Condition()
 
-    def reserve(self, n: int, timeout_s: float) -> bool:
-        """Waits for room; a body larger than the whole budget gets it when it is alone."""
+    def take(self, room: _Room, n: int, not_after: float, *, is_whole: bool) -> bool:
+        """Waits for `n` more bytes; a body larger than the whole budget gets it when it is alone."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._free >= min(n, self._total), timeout_s):
-                return False
+            while not self._fits(room, n, is_whole):
+                left_s = not_after - time.monotonic()
+                if left_s <= 0 or self._closing.is_set():
+                    return False
+                self._changed.wait(min(0.5, left_s))
             self._free -= n
+            room.held += n
             return True
 
-    def release(self, n: int) -> None:
+    def keep(self, room: _Room, n: int) -> None:
+        """Gives back all but `n` bytes; the body grows no more."""
         with self._changed:
-            self._free += n
+            self._free += room.held - n
+            room.held = n
+            if self._elder is room:
+                self._elder = None
             self._changed.notify_all()
+
+    def _fits(self, room: _Room, n: int, is_whole: bool) -> bool:
+        if not is_whole and self._free >= n + self._largest:
+            return True
+        if self._free < min(n, self._total - room.held):
+            return False
+        if not is_whole:
+            if self._elder not in (None, room):
+                return False
+            self._elder = room
+        return True
 
 
 class _Hosts:

@@ -18,7 +18,7 @@ import trustme
 from pydantic import ValidationError
 
 from ops import demo_web
-from ops.fetch import Fetched, Fetcher, FetchSettings
+from ops.fetch import Fetched, Fetcher, FetchSettings, _Clock, _No, _Room
 from ops.filters import FilterSettings, judge_header, judge_pixels
 from ops.pictures import Header, decode, read_header
 from ops.reasons import SUCCESS, Rejected
@@ -30,7 +30,7 @@ BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: image/png\r\n\r\n
 class Canned:
     """A server on loopback that answers with the bytes it is told, and remembers who was there when."""
 
-    def __init__(self, answer: Callable[[bytes, int], bytes], context: ssl.SSLContext | None) -> None:
+    def __init__(self, answer: Callable[[bytes, int], bytes | Iterator[bytes]], context: ssl.SSLContext | None) -> None:
         self.answer = answer
         self.heads: list[bytes] = []
         self.times: list[float] = []
@@ -73,7 +73,9 @@ class Canned:
                     self.peak = max(self.peak, self.open)
                     number = len(self.heads)
                 try:
-                    connection.sendall(self.answer(head, number))
+                    answer = self.answer(head, number)
+                    for part in [answer] if isinstance(answer, bytes) else answer:
+                        connection.sendall(part)
                 finally:
                     with self._lock:
                         self.open -= 1
@@ -81,7 +83,7 @@ class Canned:
 
 @contextmanager
 def canned(
-    answer: bytes | Callable[[bytes, int], bytes] = BODY, context: ssl.SSLContext | None = None
+    answer: bytes | Callable[[bytes, int], bytes | Iterator[bytes]] = BODY, context: ssl.SSLContext | None = None
 ) -> Iterator[Canned]:
     server = Canned((lambda head, number: answer) if isinstance(answer, bytes) else answer, context)
     try:
@@ -412,12 +414,80 @@ def test_the_budget_of_bytes_holds_back_bodies_until_others_are_released(web: de
 
 
 def test_a_budget_that_nobody_frees_ends_as_timeout_and_not_as_a_hang() -> None:
-    with canned() as server, Fetcher(settings(bytes_in_flight=7, deadline_s=0.3, retries=0)) as fetcher:
+    """At the shard's deadline, not at the row's: the wait is ours."""
+    with canned() as server, Fetcher(settings(bytes_in_flight=7, deadline_s=0.5, retries=0)) as fetcher:
         first = fetcher.fetch(server.url)
         assert isinstance(first, Fetched)
-        assert reason(fetcher.fetch(server.url)) == "timeout"
-        first.release()
-        assert reason(fetcher.fetch(server.url)) == SUCCESS
+        start = time.monotonic()
+        assert reason(fetcher.fetch(server.url, not_after=start + 0.2)) == "timeout"
+        assert time.monotonic() - start < 0.45
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(fetcher.fetch, server.url)
+            time.sleep(0.8)
+            first.release()
+            assert reason(job.result()) == SUCCESS
+
+
+def test_closing_ends_the_wait_for_room_in_the_budget() -> None:
+    with canned() as server, ThreadPoolExecutor(1) as pool:
+        with Fetcher(settings(bytes_in_flight=7, deadline_s=8, retries=0)) as fetcher:
+            first = fetcher.fetch(server.url)
+            assert isinstance(first, Fetched)
+            job = pool.submit(fetcher.fetch, server.url)
+            time.sleep(0.3)
+        assert reason(job.result(timeout=3)) == "timeout"
+
+
+def test_a_row_whose_time_is_over_does_not_wait_for_room() -> None:
+    with canned() as server, Fetcher(settings(bytes_in_flight=7)) as fetcher:
+        first = fetcher.fetch(server.url)
+        assert isinstance(first, Fetched)
+        with fetcher._reaper.watch(0) as watch:
+            watch.expire()
+            with pytest.raises(_No) as no:
+                fetcher._take_room(_Room(), 5, _Clock(5, time.monotonic() + 5), watch, is_whole=True)
+        assert no.value.rejected.detail == "body"
+
+
+def test_slow_bodies_of_unknown_length_leave_room_for_others() -> None:
+    """With default limits: eight that reserved the largest body each would fill the budget."""
+    go_on = threading.Event()
+
+    def answer(head: bytes, number: int) -> Iterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\n\r\nhel"
+        if b"/slow" in head:
+            go_on.wait(5)
+        yield b"lo"
+
+    limits = settings(deadline_s=4, retries=0, connections_per_host=32)
+    with canned(answer) as server, Fetcher(limits) as fetcher, ThreadPoolExecutor(24) as pool:
+        jobs = [pool.submit(fetcher.fetch, server.url + "/slow") for _ in range(16)]
+        time.sleep(0.5)
+        assert reason(fetcher.fetch(server.url, not_after=time.monotonic() + 1.5)) == SUCCESS
+        go_on.set()
+        assert [reason(job.result()) for job in jobs] == [SUCCESS] * 16
+
+
+def test_bodies_that_outgrow_the_budget_together_all_come_to_their_end_within_it() -> None:
+    """Twelve of 3 MB, of unknown length, or out of a gzip, in 9 MB: first pieces of all, then none could grow."""
+    plain = b"HTTP/1.1 200 OK\r\n\r\n" + bytes(3 << 20)
+    zipped = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(3 << 20)) + b"more"
+    limits = settings(max_bytes=4 << 20, bytes_in_flight=9 << 20, connections_per_host=16, retries=0)
+    least = 9 << 20
+
+    def fetched(i: int) -> int:
+        nonlocal least
+        answer = fetcher.fetch(server.url, not_after=time.monotonic() + 10)
+        assert isinstance(answer, Fetched)
+        least = min(least, fetcher._budget._free)
+        answer.release()
+        return len(answer.data)
+
+    with canned(lambda head, number: zipped if number % 2 else plain) as server, Fetcher(limits) as fetcher:
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(fetched, range(12))) == [3 << 20] * 12
+        assert least >= 0
+        assert fetcher._budget._free == 9 << 20
 
 
 def test_a_body_larger_than_the_whole_budget_passes_when_it_is_alone() -> None:
