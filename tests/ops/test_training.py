@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import json
 import math
 import os
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import ops.training
 from infra.cluster import REPO
 from infra.store import open_store
 from models.dvae import dvae_loss
@@ -38,10 +36,6 @@ from tests.small_runs import (
     transformer_job,
     write_pair_shard,
 )
-
-
-def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(ops.training).failed == 0
 
 
 def _job(learned: Learned, kind: str, into: Path, **changed: Any) -> Job:
@@ -355,3 +349,22 @@ def test_a_worker_that_is_killed_is_replaced_and_the_weights_do_not_tell(
     train_here(here, threads=1)
     assert _digests(tmp_path / "there") == _digests(tmp_path / "here")
     assert read_run(open_store(there.into))["state"] == "done"  # type: ignore[index]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_a_gpu_learns_what_a_cpu_learns(learned: Learned, tmp_path: Path, kind: str) -> None:
+    """The first losses agree; the checkpoint of one goes on on the other."""
+    job = _job(learned, kind, tmp_path / "into")
+    prepare(job)
+    claim_run(open_store(job.into), "mine")
+    run_loop(job, Worker(device="cuda"), "mine")
+    end_run(open_store(job.into), "mine", "done")
+    on_cpu = learned.tokenizer if kind == "tokenizer" else learned.model
+    first_gpu, first_cpu = (
+        next(row["loss"] for row in read_metrics(open_store(str(into))) if row["kind"] == "train")
+        for into in (tmp_path / "into", on_cpu)
+    )
+    assert first_gpu == pytest.approx(first_cpu, rel=0.2)
+    assert train(job, Place()).was_done
