@@ -3,12 +3,14 @@
     attempts/00012.g0-<attempt id>.json     state running (rewritten every 20 s: a sign of life), then how it ended
 
 A record left in state `running` without a sign of life is an attempt that was killed. Only two decisions look here,
-and neither can lose a pair: how often a shard was deferred (ops/ingest.py) and what `armchair status` shows.
+and neither can lose a pair: how often a shard was deferred (ops/ingest.py) and what `armchair status` shows. So a
+record that can't be written is told on stderr and decides nothing, but for a deferral's, which is counted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -24,6 +26,8 @@ from typing import Any, Literal
 
 from infra.store import Entry, Store
 from ops.recipes import FORMAT
+
+_log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 20.0
 ALIVE_S = 3 * HEARTBEAT_S
@@ -100,13 +104,19 @@ class Attempt:
         self._heart.join()
 
     def end(self, state: State, **facts: Any) -> None:
-        """Replaces the record by how it ended."""
+        """Replaces the record by how it ended. Raises OSError only for a deferral that can't be written."""
         self._ended.set()
         with self._lock:
             self._record |= {"state": state, **facts}
             if self.internal:
                 self._record["internal"] = self.internal[:20]
-            self._write()
+            try:
+                self._write()
+            except OSError as error:
+                if state == "deferred":
+                    raise  # uncounted it would be deferred for ever
+                # The receipt may be written, or a worse error may be on its way out: neither is for a record to change.
+                _log.warning("%s: not recorded as %s: %s", self._key, state, error)
 
     def _write(self) -> None:
         record = {**self._record, "seconds": round(self.seconds, 3), "rows_done": self.rows_done}
@@ -116,7 +126,10 @@ class Attempt:
         while not self._ended.wait(HEARTBEAT_S):
             with self._lock:
                 if not self._ended.is_set():
-                    self._write()
+                    try:
+                        self._write()
+                    except OSError as error:  # the next beat may get through; without one we would be shown as dead
+                        _log.warning("%s: no sign of life: %s", self._key, error)
 
 
 def list_attempts(store: Store, shard: int | None = None, generation: int | None = None) -> Iterator[AttemptName]:
@@ -142,10 +155,14 @@ def count_deferrals(store: Store, shard: int, generation: int) -> int:
 def record_death(store: Store, stage: str, shard: int, generation: int, run: str, error: BaseException) -> None:
     """The driver's word about a worker that can't say it itself: its running record, or a new one, becomes `died`."""
     facts = {"state": "died", "error": type(error).__name__, "text": str(error)[:2000]}
-    for name in list_attempts(store, shard, generation):
-        record = read_attempt(store, name)
-        if record["run"] == run and record["state"] == "running":
-            store.put(name.entry.key, json.dumps(record | facts, indent=1).encode(), if_absent=False)
-            return
+    try:
+        for name in list_attempts(store, shard, generation):
+            record = read_attempt(store, name)
+            if record["run"] == run and record["state"] == "running":
+                store.put(name.entry.key, json.dumps(record | facts, indent=1).encode(), if_absent=False)
+                return
+    except OSError as failure:  # the driver has other shards to look after
+        _log.warning("%s: shard %05d: not recorded as died: %s", store.location, shard, failure)
+        return
     attempt = Attempt(store, stage, shard, generation, run)
     attempt.end("died", **{name: value for name, value in facts.items() if name != "state"})

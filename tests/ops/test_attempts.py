@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 
@@ -10,6 +11,19 @@ import pytest
 import ops.attempts
 from infra.store import LocalStore
 from ops.attempts import Attempt, count_deferrals, list_attempts, read_attempt, record_death
+
+
+class Full(LocalStore):
+    """A disk that takes no attempt record while `full`."""
+
+    full = False
+    refused = 0
+
+    def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
+        if self.full and key.startswith("attempts/"):
+            self.refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device", key)
+        return super().put(key, data, if_absent=if_absent)
 
 
 @pytest.fixture
@@ -63,3 +77,63 @@ def test_deferrals_are_counted_for_one_generation_of_one_shard(store: LocalStore
         with Attempt(store, "pairs", shard, generation) as attempt:
             attempt.end(state)  # type: ignore[arg-type]
     assert [count_deferrals(store, *at) for at in [(3, 0), (3, 1), (30, 0)]] == [2, 1, 0]
+
+
+def test_an_end_that_can_not_be_recorded_is_told_and_changes_no_outcome(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Full(tmp_path)
+    with Attempt(store, "pairs", 3, 0) as attempt:
+        store.full = True
+        attempt.end("committed")
+    assert "attempts/00003.g0-" in caplog.text
+    assert "not recorded as committed: [Errno 28] No space left on device" in caplog.text
+
+
+def test_an_error_is_not_hidden_by_a_record_that_can_not_be_written(tmp_path: Path) -> None:
+    store = Full(tmp_path)
+
+    def work() -> None:
+        store.full = True
+        raise ZeroDivisionError("the cause")
+
+    with pytest.raises(ZeroDivisionError, match="the cause"), Attempt(store, "pairs", 3, 0):
+        work()
+
+
+def test_a_deferral_that_can_not_be_counted_is_an_error(tmp_path: Path) -> None:
+    store = Full(tmp_path)
+    with Attempt(store, "pairs", 3, 0) as attempt:
+        store.full = True
+        with pytest.raises(OSError, match="No space left"):
+            attempt.end("deferred")
+
+
+def test_a_heart_beats_on_when_the_disk_has_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.attempts, "HEARTBEAT_S", 0.02)
+    store = Full(tmp_path)
+    with Attempt(store, "pairs", 3, 0) as attempt:
+        (name,) = list_attempts(store)
+        store.full = True
+        deadline_s = time.monotonic() + 10
+        while store.refused < 2:
+            assert time.monotonic() < deadline_s, "the heart stopped"
+            time.sleep(0.01)
+        store.full = False
+        attempt.rows_done = 5
+        while read_attempt(store, name)["rows_done"] != 5:
+            assert time.monotonic() < deadline_s, "the heart stopped"
+            time.sleep(0.01)
+
+
+def test_a_death_that_can_not_be_recorded_does_not_end_the_driver(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Full(tmp_path)
+    with Attempt(store, "pairs", 3, 0, "ours"):
+        pass
+    store.full = True
+    for shard in (3, 4):
+        record_death(store, "pairs", shard, 0, "ours", RuntimeError("worker killed"))
+    assert store.refused == 2
+    assert caplog.text.count("not recorded as died") == 2
