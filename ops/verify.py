@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.store import Store
-from ops.errors import DamagedArtifact
-from ops.plan import WorkOrder, read_instalments, read_work_order
+from ops.errors import DamagedArtifact, UsageError
+from ops.plan import Instalment, WorkOrder, read_instalments, read_work_order
 from ops.reasons import SUCCESS
 from ops.shards import Receipt, committed_generations, download, read_receipt, scratch_directory, tar_members
 
@@ -45,16 +45,23 @@ class VerifyReport:
 
 
 def verify(store: Store, *, deep: bool = False) -> VerifyReport:
-    """Checks a directory of pair shards or of token shards. Raises UnknownFormat for one of a later version."""
+    """Checks a directory of pair shards or of token shards. Raises UnknownFormat for one of a later version.
+
+    Raises UsageError where there is neither a plan nor a shard: no promise was looked at.
+    """
     problems: list[Problem] = []
-    orders: dict[int, WorkOrder] = {}
+    instalments: list[Instalment] = []
     try:
-        orders = {order.shard: order for instalment in read_instalments(store) for order in instalment.work_orders}
+        instalments = read_instalments(store)
     except DamagedArtifact as error:
         problems.append(Problem(None, str(error)))
+    orders = {order.shard: order for instalment in instalments for order in instalment.work_orders}
     plan_is_whole = not problems
+    committed = committed_generations(store)
+    if plan_is_whole and not instalments and not committed:
+        raise UsageError(f"{store.location}: there is nothing to verify.", "Name a directory of pairs or tokens.")
     pairs, shards = 0, 0
-    for shard, generation in sorted(committed_generations(store).items()):
+    for shard, generation in sorted(committed.items()):
         try:
             receipt = read_receipt(store, shard, generation)
         except DamagedArtifact as error:
@@ -88,8 +95,10 @@ def _check_plan(receipt: Receipt, order: WorkOrder | None) -> Iterator[str]:
     if order is None:
         yield "no instalment names this shard"
     elif (receipt.rows, receipt.made_from.get("work_order")) != (order.rows, order.sha256):
-        yield f"made from {receipt.rows} rows of work order {receipt.made_from.get('work_order')}, planned are "
-        f"{order.rows} rows of {order.sha256}"
+        yield (
+            f"made from {receipt.rows} rows of work order {receipt.made_from.get('work_order')}, planned are "
+            f"{order.rows} rows of {order.sha256}"
+        )
 
 
 def _check_bytes(store: Store, receipt: Receipt, order: WorkOrder | None) -> Iterator[str]:

@@ -13,6 +13,7 @@ import pytest
 
 from infra.store import LocalStore
 from ops.demo_web import DemoWeb, serve
+from ops.errors import UsageError
 from ops.ingest import ingest_shard
 from ops.plan import read_instalments
 from ops.recipes import sha256
@@ -136,6 +137,21 @@ def test_receipts_that_do_not_add_up_or_belong_to_nothing_are_found(store: Local
     assert "0: 6 rows, but" in found
     assert "1: its receipt says shard 0 g0" in found
     assert "9: no instalment names this shard" in found
+
+
+def test_a_shard_made_from_another_work_order_is_told_with_both(store: LocalStore) -> None:
+    order = read_instalments(store)[0].work_orders[0]
+    other = replace(read_receipts(store)[0], made_from={"work_order": "ab"})
+    store.put(other.key, other.to_json(), if_absent=False)
+    assert told(store, deep=False) == (f"0: made from 6 rows of work order ab, planned are 6 rows of {order.sha256}")
+
+
+def test_a_directory_without_plan_and_shards_proves_nothing(store: LocalStore, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is nothing to verify"):
+        verify(LocalStore(tmp_path / "elsewhere"))
+    for key in [entry.key for entry in store.list("receipts/")]:
+        store.delete(key)
+    assert verify(store).ok, "planned and not committed is no problem"
 
 
 def test_a_work_order_that_is_gone_or_replaced_is_found(store: LocalStore) -> None:
