@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -34,6 +33,7 @@ from ops.lists import Columns as Columns
 from ops.lists import ListPath, Rows, find_lists, fingerprint, read_rows, stamp, text
 from ops.reasons import Reason
 from ops.recipes import file_sha256, parse_json, sha256
+from ops.shards import scratch_directory
 
 PLAN = "plan/"
 INSTALMENT = re.compile(r"plan/part-\d+\.json")
@@ -195,8 +195,8 @@ def extend_plan(
         extension = Extension(None, tuple(instalments), tuple(skipped), tuple(changed), tuple(passed_over))
         if not todo:
             return extension
-        with tempfile.TemporaryDirectory(prefix="armchair-plan-") as scratch:
-            new = _plan(store, todo, instalments, settings, filters, columns, Path(scratch))
+        with scratch_directory() as scratch:
+            new = _plan(store, todo, instalments, settings, filters, columns, scratch)
         if new is not None:
             return Extension(new, (*instalments, new), extension.skipped, extension.changed, extension.passed_over)
         # Another planner took our number: what it planned is covered now, the rest is planned again.

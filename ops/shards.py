@@ -181,9 +181,13 @@ def publish(
             raise StorageError(
                 f"{store.location}/{ref.key} vanished before its receipt.", "Run the same command again."
             )
-    if store.put(receipt.key, wanted):
-        return receipt
-    return receipt if store.read(receipt.key) == wanted else None
+    if not store.put(receipt.key, wanted) and store.read(receipt.key) != wanted:
+        return None
+    for extension, path in scratch.items():
+        # A sweep that looked at an old file just before it was renewed may have deleted it after the look above.
+        if store.stat(files[extension].key) is None:
+            store.put(files[extension].key, path)
+    return receipt
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> dict[str, int]:
@@ -265,17 +269,32 @@ def download(store: Store, ref: FileRef, path: Path) -> None:
 def scratch_directory() -> Iterator[Path]:
     """A directory for the files of one attempt, below TMPDIR; those of attempts that were killed are removed first.
 
-    A living attempt holds a lock in its directory, and the kernel drops the lock of a killed process: no process id is
-    trusted, which another container could use as well.
+    A living attempt holds the lock beside its directory (NAME.lock), and the kernel drops the lock of a killed process:
+    no process id is trusted, which another container could use as well. The lock is there before the directory and
+    goes after it, so a kill at any moment leaves nothing that is not found.
     """
-    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/lock"):
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*.lock"):
         with contextlib.suppress(OSError), left.open("rb") as other:
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held: BlockingIOError
             if time.time() - os.fstat(other.fileno()).st_mtime > 60:  # younger: perhaps made and not locked yet
-                shutil.rmtree(left.parent)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as name, Path(name, "lock").open("wb") as lock:
+                _remove_scratch(left)
+    handle, name = tempfile.mkstemp(prefix=_SCRATCH, suffix=".lock")
+    with os.fdopen(handle, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Path(name)
+        directory = Path(name).with_suffix("")
+        try:
+            directory.mkdir(0o700)
+            yield directory
+        finally:
+            _remove_scratch(Path(name))
+
+
+def _remove_scratch(lock: Path) -> None:
+    """The directory, then its lock; what can't be removed is left to the next attempt, for it fails no shard."""
+    directory = lock.with_suffix("")
+    shutil.rmtree(directory, ignore_errors=True)
+    if not directory.exists():
+        lock.unlink(missing_ok=True)
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:

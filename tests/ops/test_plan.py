@@ -6,9 +6,11 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -546,6 +548,27 @@ def test_leftover_work_orders_are_made_young_again(tmp_path: Path, planners: Pla
         os.utime(root / key, (1, 1))
     extend(store, path)
     assert all(entry.modified_s > store.clock_s() - 600 for entry in store.list("plan/"))
+
+
+def test_scratch_of_a_killed_planner_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+
+    class Killed(LocalStore):
+        def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
+            shutil.copytree(tmp_path / "scratch", tmp_path / "left")  # what a SIGKILL at this moment would leave
+            raise OSError("killed here")
+
+    a = write_tsv(tmp_path / "a.tsv", 0, 150)
+    with pytest.raises(OSError, match="killed here"):
+        extend(Killed(tmp_path / "pairs"), a)
+    left = tmp_path / "left"
+    assert list(left.rglob("run-*.arrow")), "the spill"
+    for path in left.rglob("*"):
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(tempfile, "tempdir", str(left))
+    extend(LocalStore(tmp_path / "pairs"), a)
+    assert list(left.iterdir()) == []
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -12,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.store import Store, open_store
+from infra.cluster import REPO
+from infra.store import LocalStore, Store, open_store
 from ops.errors import DamagedArtifact, StorageError, UnknownFormat
 from ops.shards import (
     GRACE_S,
@@ -107,6 +111,40 @@ def test_an_old_file_of_a_dead_attempt_is_made_young_by_the_commit(store: Store,
         assert entry.modified_s > store.clock_s() - 60
 
 
+def test_a_race_that_is_lost_after_the_upload_leaves_the_rivals_receipt(tmp_path: Path) -> None:
+    rival = receipt_of(kept=0)
+
+    class Overtaken(LocalStore):
+        """Another attempt commits while our first data file is uploaded."""
+
+        def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
+            if key.startswith("data/"):
+                super().put(rival.key, rival.to_json())
+            return super().put(key, data, if_absent=if_absent)
+
+    store = Overtaken(tmp_path / "pairs")
+    assert publish(store, receipt_of(kept=1), scratch_files(tmp_path)) is None
+    assert store.read(rival.key) == rival.to_json()
+
+
+@pytest.mark.parametrize("extension", ["tar", "parquet"])
+def test_a_file_that_a_slow_sweep_takes_before_the_receipt_is_put_again(tmp_path: Path, extension: str) -> None:
+    """The sweep saw it old, the commit made it young and saw it there, then the sweep deletes it."""
+
+    class Swept(LocalStore):
+        def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
+            if key.startswith("receipts/"):
+                (victim,) = (entry.key for entry in self.list("data/") if entry.key.endswith(extension))
+                self.delete(victim)
+            return super().put(key, data, if_absent=if_absent)
+
+    store = Swept(tmp_path / "pairs")
+    published = publish(store, receipt_of(), scratch_files(tmp_path))
+    assert published is not None
+    for ref in published.files.values():
+        assert read_verified(store, ref)
+
+
 def test_an_attempt_older_than_half_the_grace_does_not_commit(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="Run the same command again"):
         publish(store, receipt_of(), scratch_files(tmp_path), started_s=store.clock_s() - GRACE_S / 2 - 1)
@@ -141,13 +179,53 @@ def test_scratch_of_a_killed_attempt_is_removed_and_that_of_a_living_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    dead = tmp_path / "armchair-shard-dead"
+    dead, lock = tmp_path / "armchair-shard-dead", tmp_path / "armchair-shard-dead.lock"
     dead.mkdir()
-    (dead / "lock").touch()
-    os.utime(dead / "lock", (1, 1))
+    (dead / "shard.tar").touch()
+    lock.touch()
+    os.utime(lock, (1, 1))
     with scratch_directory() as living:
         assert not dead.exists()
-        os.utime(living / "lock", (1, 1))
+        assert not lock.exists()
+        os.utime(living.with_suffix(".lock"), (1, 1))
         with scratch_directory():
             assert living.exists()
-    assert not living.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from ops.shards import scratch_directory
+
+deadly, left = sys.argv[1], int(sys.argv[2])
+
+def kill(event, arguments):
+    global left
+    if event == deadly and "armchair-shard-" in os.fspath(arguments[0]) + str(inside):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+inside = ""
+sys.addaudithook(kill)
+with scratch_directory() as scratch:
+    for name in "abc":
+        (scratch / name).touch()
+    inside = scratch
+"""
+
+
+@pytest.mark.parametrize(("event", "number"), [("os.mkdir", 0), *(("os.remove", n) for n in range(4)), ("os.rmdir", 0)])
+def test_scratch_is_found_whenever_its_attempt_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, number: int
+) -> None:
+    """Also between its names, and in the middle of its own removal."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, event, str(number)], cwd=REPO, env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch_directory():
+        pass
+    assert list(tmp_path.iterdir()) == []
