@@ -195,12 +195,14 @@ def ingest_shard(task: IngestTask) -> ShardOutcome:
             transient = sum(count for status, count in counts.items() if is_transient(status))
             state: Literal["committed", "already", "deferred"]
             if not base and _is_outage(store, task, transient, len(asked)):
-                state = "deferred"
+                state, stands = "deferred", None
             else:
-                state = _commit(store, task, table, rows, spool, base, scratch, attempt.started_s)
+                state, stands = _commit(store, task, table, rows, spool, base, scratch, attempt.started_s)
         kept = counts.pop(SUCCESS, 0)
         rejected = {status: count for status, count in sorted(counts.items())}
         attempt.end(state, rows=len(rows), asked=len(asked), kept=kept, rejected=rejected, transient=transient)
+        if stands:  # after a lost race not what we found, which the record tells
+            kept, rejected = stands.kept, dict(sorted(stands.rejected.items()))
         return ShardOutcome(
             task.shard, task.generation, state, len(rows), kept, rejected, seconds=round(attempt.seconds, 3)
         )
@@ -382,8 +384,8 @@ def _commit(
     base: _Base | None,
     scratch: Path,
     started_s: float,
-) -> Literal["committed", "already"]:
-    """Writes tar and sidecar to scratch and publishes them."""
+) -> tuple[Literal["committed", "already"], Receipt]:
+    """Writes tar and sidecar to scratch and publishes them; with the receipt that stands in the store now."""
     tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
     offsets = write_tar(tar, _members(table, rows, spool, base))
     for key, row in zip(table["key"].to_pylist(), rows, strict=True):
@@ -395,7 +397,7 @@ def _commit(
             file_sha256(tar),
             file_sha256(parquet),
         ]:
-            return "already"  # asked again, and nothing changed: no generation is spent on it
+            return "already", base.receipt  # asked again, and nothing changed: no generation is spent on it
         made_from["generation"] = base.receipt.digest
     counts = Counter(row.status for row in rows)
     kept = counts.pop(SUCCESS, 0)
@@ -411,7 +413,7 @@ def _commit(
         versions=versions(),
     )
     published = publish(store, receipt, {"tar": tar, "parquet": parquet}, started_s=started_s)
-    return "committed" if published else "already"
+    return ("committed", published) if published else ("already", read_receipt(store, task.shard, task.generation))
 
 
 def _members(table: pa.Table, rows: list[_Row], spool: _Spool, base: _Base | None) -> Iterator[tuple[str, bytes]]:

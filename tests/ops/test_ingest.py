@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ops.ingest
 from infra.cluster import REPO
 from infra.store import LocalStore, Store, open_store
 from ops.attempts import count_deferrals, list_attempts, read_attempt
@@ -24,7 +25,7 @@ from ops.errors import DamagedArtifact, RecipeChanged
 from ops.filters import FilterSettings
 from ops.ingest import OutageSettings, ingest, ingest_shard, start_pairs
 from ops.plan import PlanSettings, read_instalments
-from ops.shards import read_receipts, tar_members
+from ops.shards import Receipt, read_receipts, tar_members
 from ops.waves import ShardOutcome
 from tests.kills import kill_rounds
 from tests.pairs import (
@@ -116,7 +117,7 @@ def test_tar_and_sidecar_are_equal_with_1_and_32_threads_and_shuffled_latencies(
     for threads in (1, 32):
         store = LocalStore(tmp_path / f"pairs-{threads}")
         plan(store, tmp_path / "list.tsv", pairs)
-        run_here(store, fetch=replace(FETCH, threads=threads))
+        run_here(store, fetch=replace(FETCH, threads=threads, connections_per_host=32))  # all are of one host
         (receipt,) = read_receipts(store).values()
         assert receipt.kept == 48
         files.append(receipt.files)
@@ -187,8 +188,6 @@ def test_what_is_left_at_the_shards_deadline_is_timeout(store: LocalStore, tmp_p
 def test_a_bug_of_ours_that_one_picture_meets_costs_one_row_and_leaves_its_traceback(
     store: LocalStore, tmp_path: Path, web: DemoWeb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ops.ingest
-
     def broken(data: bytes) -> object:
         if data == poison:
             raise ZeroDivisionError("a bug")
@@ -252,7 +251,8 @@ def test_a_rerun_that_changes_nothing_spends_no_generation(store: LocalStore, tm
     plan(store, tmp_path / "list.tsv", pairs)
     run_here(store)
     first = read_receipts(store)
-    assert [ingest_shard(task).state for task in reruns(store)] == ["already"]
+    (outcome,) = map(ingest_shard, reruns(store))
+    assert (outcome.state, outcome.kept, outcome.rejected) == ("already", first[0].kept, first[0].rejected)
     assert read_receipts(store) == first
     assert reruns(store, shards=[5]) == []
 
@@ -298,6 +298,50 @@ def test_two_ingests_at_once_lose_and_double_nothing(store: LocalStore, tmp_path
     assert_conserved(store, pairs)
     assert len(read_receipts(store)) == 20
     assert sum(web.counts().values()) < 1.5 * len(pairs), "each run has its own order and looks before it fetches"
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+def test_the_loser_of_a_race_tells_what_stands_in_the_store(
+    store: LocalStore, tmp_path: Path, web: DemoWeb, monkeypatch: pytest.MonkeyPatch, generation: int
+) -> None:
+    pairs = [*generated(web.url, range(4)), (f"{web.url}/hostile/heals_later/1", "a shy picture")]
+    plan(store, tmp_path / "list.tsv", pairs)
+    if generation:
+        run_here(store)
+    (task,) = reruns(store) if generation else pending(store)
+    rival = Receipt("pairs", 0, generation, {"work_order": "ab"}, rows=5, kept=2, rejected={"http_5xx": 2, "decode": 1})
+
+    class Overtaken(LocalStore):
+        """Another attempt, with less luck on the web, commits while our files are uploaded."""
+
+        def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
+            if key.startswith("data/"):
+                super().put(rival.key, rival.to_json())
+            return super().put(key, data, if_absent=if_absent)
+
+    monkeypatch.setattr(ops.ingest, "open_store", lambda location: Overtaken(Path(location)))
+    outcome = ingest_shard(task)
+    assert (outcome.state, outcome.kept, outcome.rejected) == ("already", 2, {"decode": 1, "http_5xx": 2})
+    assert store.read(rival.key) == rival.to_json()
+
+
+def test_a_shard_whose_record_can_not_be_written_is_committed(
+    store: LocalStore, tmp_path: Path, web: DemoWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(LocalStore):
+        """The disk is full once the receipt is written."""
+
+        def put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
+            if key.startswith("attempts/") and any(self.list("receipts/")):
+                raise OSError("No space left on device")
+            return super().put(key, data, if_absent=if_absent)
+
+    pairs = generated(web.url, range(4))
+    plan(store, tmp_path / "list.tsv", pairs)
+    (task,) = pending(store)
+    monkeypatch.setattr(ops.ingest, "open_store", lambda location: Full(Path(location)))
+    assert ingest_shard(task).state == "committed"
+    assert_conserved(store, pairs)
 
 
 def test_a_plan_extended_while_a_wave_runs_keeps_the_wave_and_adds_the_rest(
