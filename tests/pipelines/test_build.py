@@ -101,7 +101,7 @@ def test_the_runs_own_settings_are_a_preset_that_repeats_it(built: Built) -> Non
     ("changed", "told"),
     [
         ("picture.short_side_px=48", "picture.short_side_px: was 32, now 48"),
-        ("dvae.vocabulary=64", "dvae.vocabulary: was 32, now 64"),
+        ("dvae.beta=0.7", "dvae.beta: was 0.5, now 0.7"),
         ("transformer_training.steps=50", "transformer_training.steps: was 40, now 50"),
     ],
 )
