@@ -2,7 +2,8 @@
 driver with all of its Ray at once. (Workers outlive their driver long enough to commit a small shard.)
 
 A round waits until the server counted a request that was made after the round began, then a random time, then kills.
-When all shards are committed before the rounds are over, a fresh directory with fresh pictures is taken.
+Every second round also waits for a first receipt, so that there is something that could be fetched again. When all
+shards are committed before the rounds are over, a fresh directory with fresh pictures is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from infra.cluster import REPO
@@ -22,19 +23,35 @@ from infra.store import LocalStore
 from ops.attempts import list_attempts, read_attempt
 from ops.demo_web import DemoWeb
 from ops.plan import read_instalments, read_work_order
-from ops.shards import committed_generations
+from ops.shards import committed_generations, receipt_key
 from tests.pairs import assert_conserved, generated, plan
 
 PATIENCE_S = 120.0
 
 
+class Requests:
+    """When each path of a server was asked for last, by the clock that also stamps receipts."""
+
+    def __init__(self, web: DemoWeb) -> None:
+        self.url = web.url
+        self.last_s: dict[str, float] = {}
+        self._count = web.count
+        web.count = self._noted  # type: ignore[method-assign]
+
+    def _noted(self, path: str) -> int:
+        self.last_s[path] = time.time()
+        return self._count(path)
+
+    def last_of(self, url: str) -> float:
+        return self.last_s.get(url.removeprefix(self.url).partition("?")[0], 0.0)
+
+
 @dataclass
 class Ground:
-    """One planned directory, and how often each pair of its committed shards had been asked for when that was seen."""
+    """One planned directory."""
 
     store: LocalStore
     pairs: list[tuple[str, str]]
-    asked: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def new(cls, folder: Path, web: DemoWeb, number: int, shards: int, pairs_per_shard: int, delay_ms: int) -> Ground:
@@ -44,25 +61,15 @@ class Ground:
         plan(store, folder / f"list-{number}.tsv", pairs, pairs_per_shard)
         return cls(store, pairs)
 
-    def note_committed(self, web: DemoWeb) -> None:
-        """Remembers the counts of shards whose receipt is seen for the first time."""
-        orders = {order.shard: order for part in read_instalments(self.store) for order in part.work_orders}
-        for shard in committed_generations(self.store).keys() - self.asked.keys():
-            self.asked[shard] = counts_of(read_work_order(self.store, orders[shard])["url"].to_pylist(), web)
-
-    def assert_whole(self, web: DemoWeb) -> None:
-        """Every pair is there once, and none of a committed shard was asked for again."""
+    def assert_whole(self, requests: Requests) -> None:
+        """Every pair is there once, and none was asked for after the receipt of its shard."""
         assert_conserved(self.store, self.pairs)
-        self.note_committed(web)
-        for shard, before in self.asked.items():
-            after = counts_of([f"{web.url}{path}" for path in before], web)
-            assert after == before, f"shard {shard} had a receipt and was fetched again"
-
-
-def counts_of(urls: list[str], web: DemoWeb) -> dict[str, int]:
-    counts = web.counts()
-    paths = [url.removeprefix(web.url).partition("?")[0] for url in urls]
-    return {path: counts.get(path, 0) for path in paths}
+        for order in (order for part in read_instalments(self.store) for order in part.work_orders):
+            receipt = self.store.stat(receipt_key(order.shard, 0))
+            assert receipt is not None
+            for url in read_work_order(self.store, order)["url"].to_pylist():
+                late_s = requests.last_of(url) - receipt.modified_s
+                assert late_s < 0, f"{url} was fetched again {late_s:.3f} s after the receipt of shard {order.shard}"
 
 
 class Driver:
@@ -127,60 +134,72 @@ def kill_rounds(
 ) -> int:
     """Kills once for each of `victims`, then runs to the end; returns how many directories were used.
 
-    Raises AssertionError if a pair is lost or doubled, or one of a committed shard is asked for again.
+    Raises AssertionError if a pair is lost or doubled, or one of a committed shard is asked for again; also if no kill
+    met a committed shard, which would prove nothing.
     """
     chance = random.Random(seed)
-    number, driver = 0, None
+    requests = Requests(web)
+    number, met, driver = 0, 0, None
     ground = Ground.new(folder, web, number, shards, pairs_per_shard, delay_ms)
     waiting = list(victims)
     try:
         while waiting:
             if driver is None:
                 driver = Driver(ground.store)
-            if not strike(driver, ground.store, web, waiting[0], chance):
+            is_late = (len(victims) - len(waiting)) % 2 == 1
+            met_here = strike(driver, ground.store, web, waiting[0], chance, is_late=is_late)
+            if met_here is None:
                 assert driver.process.wait() == 0
                 driver.end()
                 driver = None
                 if len(committed_generations(ground.store)) == shards:
-                    ground.assert_whole(web)
+                    ground.assert_whole(requests)
                     number += 1
                     ground = Ground.new(folder, web, number, shards, pairs_per_shard, delay_ms)
                 continue
+            met += met_here > 0
             if waiting.pop(0) != "worker":
                 driver.end()
                 driver = None
-            ground.note_committed(web)
         while len(committed_generations(ground.store)) < shards:  # again where three deaths left a shard open
             driver = driver or Driver(ground.store)
             assert driver.process.wait(PATIENCE_S) == 0
             driver.end()
             driver = None
-        ground.assert_whole(web)
+        ground.assert_whole(requests)
+        assert met, "no kill met a committed shard"
         return number + 1
     finally:
         if driver is not None:
             driver.end()
 
 
-def strike(driver: Driver, store: LocalStore, web: DemoWeb, victim: str, chance: random.Random) -> bool:
-    """One kill; False if the driver ended by itself before it could be made."""
+def strike(
+    driver: Driver, store: LocalStore, web: DemoWeb, victim: str, chance: random.Random, *, is_late: bool
+) -> int | None:
+    """One kill (`is_late`: not before there is a receipt); how many shards were committed when it was made.
+
+    None if the driver ended by itself before that.
+    """
     begun, give_up_s = sum(web.counts().values()), time.monotonic() + PATIENCE_S
-    while sum(web.counts().values()) == begun:
+    while sum(web.counts().values()) == begun or (is_late and not committed_generations(store)):
         if driver.process.poll() is not None:
-            return False
-        assert time.monotonic() < give_up_s, "no request was made"
+            return None
+        assert time.monotonic() < give_up_s, "no request was made, or no shard committed"
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 0.8))
     driver.note_family()
     if victim != "worker":
+        committed = len(committed_generations(store))
         kill(driver.process.pid)
         for member in driver.family if victim == "machine" else ():
             kill(member)
-        return driver.process.wait() == -signal.SIGKILL
+        return committed if driver.process.wait() == -signal.SIGKILL else None
     while driver.process.poll() is None:
         if workers := driver.workers(store):
+            committed = len(committed_generations(store))
             kill(chance.choice(workers))
-            return True
+            return committed
         time.sleep(0.005)
         driver.note_family()
-    return False
+    return None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from ops.ingest import OutageSettings, ingest, ingest_shard, start_pairs
 from ops.plan import PlanSettings, read_instalments
 from ops.shards import Receipt, read_receipts, tar_members
 from ops.waves import ShardOutcome
-from tests.kills import kill_rounds
+from tests.kills import Ground, Requests, kill_rounds
 from tests.pairs import (
     FETCH,
     FILTERS,
@@ -407,6 +408,17 @@ def test_a_kill_before_or_after_each_write_of_a_shard_loses_nothing(tmp_path: Pa
     for kill in kills:
         assert_conserved(LocalStore(Path(kill["store"])), pairs)
         assert kill["asked_again"] == (0 if kill["had_receipt"] else len(pairs)), kill
+
+
+def test_the_kill_rounds_see_a_pair_that_is_fetched_after_the_receipt_of_its_shard(
+    tmp_path: Path, web: DemoWeb
+) -> None:
+    ground, requests = Ground.new(tmp_path, web, 0, shards=2, pairs_per_shard=3, delay_ms=1), Requests(web)
+    run_here(ground.store)
+    ground.assert_whole(requests)
+    urlopen(ground.pairs[4][0]).close()
+    with pytest.raises(AssertionError, match=r"generated/4\.jpg.* was fetched again"):
+        ground.assert_whole(requests)
 
 
 @pytest.mark.slow
