@@ -148,18 +148,16 @@ def test_the_demos_scores_are_read_off_a_finished_run(built: Built) -> None:
 
 def test_shards_that_are_put_off_end_the_build_before_anything_is_trained(built: Built, tmp_path: Path) -> None:
     """A model that was trained on part of the pairs would count as finished for ever."""
-    dead = tmp_path / "dead.tsv"
-    write_list(dead, [{"url": f"http://127.0.0.1:9/{n}.jpg", "caption": f"nobody is there {n}"} for n in range(30)])
+    listed, into = tmp_path / "list.tsv", tmp_path / "run"
     with serve(built.drawings) as web:
-        alive = tmp_path / "alive.tsv"
-        write_list(alive, [{"url": f"{web.url}/generated/{n}.jpg", "caption": f"number {n}"} for n in range(30)])
-        settings = [*SETTINGS, "--set", "fetch.retries=0"]
-        into = str(tmp_path / "run")
-        assert built.armchair("ingest", str(alive), "--into", f"{into}/pairs", *settings).returncode == 0
-        ended = built.armchair("build", str(alive), str(dead), "--into", into, *settings)
+        urls = [f"{web.url}/generated/{n}.jpg" for n in range(4)] + [f"http://127.0.0.1:9/{n}.jpg" for n in range(2)]
+        write_list(listed, [{"url": url, "caption": f"number {n}"} for n, url in enumerate(urls)])
+        a_row_a_shard = ["--set", "plan.pairs_per_shard=1", "--set", "fetch.retries=0"]
+        ended = built.armchair("build", str(listed), "--into", str(into), *SETTINGS, *a_row_a_shard)
     assert ended.returncode == 5, ended.stderr
-    assert "1 shards are not committed" in ended.stderr
-    assert not (tmp_path / "run" / "tokenizer").exists()
+    assert "2 shards are not committed" in ended.stderr
+    assert built.json("status", str(into / "pairs"))["shards"]["committed"] == 4
+    assert not (into / "tokenizer").exists()
 
 
 def test_a_longer_list_extends_the_pairs_and_the_tokens(built: Built) -> None:
