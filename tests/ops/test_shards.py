@@ -201,7 +201,7 @@ deadly, left = sys.argv[1], int(sys.argv[2])
 
 def kill(event, arguments):
     global left
-    if event == deadly and "armchair-shard-" in os.fspath(arguments[0]) + str(inside):
+    if event == deadly and "armchair-shard-" in f"{arguments[0]} {inside}":
         left -= 1
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -215,7 +215,10 @@ with scratch_directory() as scratch:
 """
 
 
-@pytest.mark.parametrize(("event", "number"), [("os.mkdir", 0), *(("os.remove", n) for n in range(4)), ("os.rmdir", 0)])
+KILLS = [("open", 0), ("os.mkdir", 0), ("open", 1), *(("os.remove", n) for n in range(4)), ("os.rmdir", 0)]
+
+
+@pytest.mark.parametrize(("event", "number"), KILLS)
 def test_scratch_is_found_whenever_its_attempt_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, number: int
 ) -> None:
