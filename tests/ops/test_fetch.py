@@ -483,7 +483,13 @@ def test_bodies_that_outgrow_the_budget_together_all_come_to_their_end_within_it
         answer.release()
         return len(answer.data)
 
-    with canned(lambda head, number: zipped if number % 2 else plain) as server, Fetcher(limits) as fetcher:
+    def answer(head: bytes, number: int) -> Iterator[bytes]:
+        whole = zipped if number % 2 else plain
+        yield whole[:200]
+        time.sleep(0.5)  # who gets a first piece has it by now
+        yield whole[200:]
+
+    with canned(answer) as server, Fetcher(limits) as fetcher:
         with ThreadPoolExecutor(12) as pool:
             assert list(pool.map(fetched, range(12))) == [3 << 20] * 12
         assert least >= 0
