@@ -46,7 +46,7 @@ app.command(train)
 Pairs = Annotated[str, Parameter(help="Directory that `ingest` made.")]
 Directory = Annotated[str, Parameter(help="Directory of pairs or of tokens.")]
 Into = Annotated[str, Parameter(help="Directory that this command makes or continues.")]
-Preset = Annotated[str | None, Parameter(help="A name in pipelines/presets/ (tiny, demo) or a TOML file.")]
+Preset = Annotated[str | None, Parameter(help="tiny, demo, laptop, gpu, dalle-12b, or a TOML file.")]
 Sets = Annotated[
     tuple[str, ...],
     Parameter(name="--set", negative="", help="path=value, one setting; may be repeated. Over the preset."),
@@ -61,14 +61,22 @@ Seed = Annotated[int, Parameter(help="Another seed gives other models and pictur
 
 
 @app.command(sort_key=1)
-def demo(*, into: Into = "runs/demo", sets: Sets = (), seed: Seed = 0, cpus: Cpus = None, json: Json = False) -> int:
+def demo(
+    *,
+    into: Into = "runs/demo",
+    preset: Preset = "demo",
+    sets: Sets = (),
+    seed: Seed = 0,
+    cpus: Cpus = None,
+    json: Json = False,
+) -> int:
     """The whole way on real pictures (OpenMoji), from a local web server that also misbehaves; minutes on two cores.
 
     Ends with a table, `summary.json`, `report.html`, and a sheet of pictures drawn from prompts.
     """
     from pipelines.demo import run_demo
 
-    return run_demo(into, _settings("demo", sets), seed, _cluster(cpus))
+    return run_demo(into, _settings(preset, sets), seed, _cluster(cpus))
 
 
 @app.command(sort_key=2)

@@ -57,8 +57,7 @@ def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
         with _web_server(directory / "openmoji", port):
             from pipelines.build import build
 
-            # One thread: the same pictures on any number of cores.
-            built = build([str(listed)], into, settings, cluster=cluster, place=Place(threads=1))
+            built = build([str(listed)], into, settings, cluster=cluster, place=Place(threads=settings.demo.threads))
             seconds |= built["seconds"]
     with timed("verify", seconds):
         for stage in (run.pairs, run.tokens):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -42,6 +42,9 @@ class DemoSettings:
 
     gates: bool = True
     """Whether a score below its gate (ops/demo_summary.py) ends the command with exit code 1."""
+
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of torch in a training. The same number gives the same pictures, whatever the number of cores."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
