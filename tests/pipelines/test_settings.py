@@ -87,3 +87,33 @@ def test_every_presets_models_can_be_built_and_fit_each_other(preset: str | None
     assert (tokenizer.grid, tokenizer.vocabulary) == (settings.transformer.grid, settings.transformer.image_vocabulary)
     assert sum(p.numel() for p in transformer.parameters()) > 0
     assert settings.picture.short_side_px >= settings.dvae.image_size, "pictures are never enlarged"
+
+
+@pytest.mark.parametrize("preset", ["gpu", "dalle-12b"])
+def test_a_preset_that_nobody_ran_yet_is_written_out_in_full(preset: str) -> None:
+    """A default that is tuned on small machines must not reach a run of weeks."""
+    written = tomllib.loads((PRESETS / f"{preset}.toml").read_text())
+    of_place = {"fetch", "outage", "demo"}
+    of_progress = {"keep_checkpoints", "log_every", "evaluate_pictures", "where", "prompts"}
+    for name, values in asdict(resolve(preset)).items():
+        decides = {key for key, value in values.items() if value is not None} - of_progress
+        assert name in of_place or set(written[name]) == decides, name
+
+
+def test_the_papers_preset_has_the_published_parameters_item_by_item() -> None:
+    """MODELS.md §2, in millions: the paper's 12 billion, and beside them what ours adds."""
+    settings = resolve("dalle-12b")
+    with torch.device("meta"):
+        dvae, transformer = Dvae(settings.dvae), Transformer(settings.transformer)
+    counted = {name: p.numel() / 1e6 for name, p in transformer.named_parameters() if not name.startswith("blocks.")}
+    published = {"tokens.weight": 65.0, "codes.weight": 32.5, "text_positions_TD": 1.0}
+    added = {"rows_hD": 0.13, "columns_wD": 0.13, "pads_TD": 1.0, "text_head.weight": 65.0, "image_head.weight": 32.5}
+    assert {name: round(counted[name], 1) for name in published} == published
+    assert round(sum(counted[name] for name in published), 1) == 98.5
+    assert {name: round(counted[name], 2 if value < 1 else 1) for name, value in added.items()} == added
+    assert set(counted) - set(published) - set(added) == {"norm.weight", "norm.bias"}
+    matrices = sum(p.numel() for p in transformer.blocks.parameters() if p.dim() == 2)
+    assert matrices == 12 * 64 * 3968**2  # 12.09 billion
+    assert settings.transformer.width == 3968 == settings.transformer.heads * 64
+    halves = [sum(p.numel() for p in part.parameters()) for part in (dvae.encoder, dvae.decoder)]
+    assert [round(half / 1e6, 1) for half in halves] == [53.8, 43.8]
