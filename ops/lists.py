@@ -33,9 +33,10 @@ RESERVED = frozenset(
         *("key", "uid", "url", "final_url", "caption", "status", "detail", "http_status", "bytes_in", "content_type"),
         *("sha256", "dhash", "original_width", "original_height", "width", "height", "exif_orientation", "language"),
         *("language_probability", "split", "weight", "tar_offset", "jpg_size", "crop", "k", "codes"),
+        *("list_number", "list_line"),
     )
 )
-"""Column names of our sidecars and code shards. A column of the user's with such a name becomes `list_<name>`."""
+"""Columns of our work orders, sidecars and code shards. One of the user's with such a name becomes `list_<name>`."""
 
 FORMATS = ("parquet", "csv", "tsv", "json", "jsonl", "txt")
 
@@ -63,8 +64,12 @@ class ListPath:
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch of rows of one list. `splits` and `weights` are checked; None where the list has no such column."""
+    """A batch of rows of one list. `splits` and `weights` are checked; None where the list has no such column.
 
+    `lines` are what an error would name: the line that a row starts on, or its number in a Parquet file, from 1.
+    """
+
+    lines: Sequence[int]
     urls: list[bytes | None]
     captions: list[bytes | None]
     splits: list[str | None] | None
@@ -483,6 +488,7 @@ def text(array: pa.Array) -> tuple[pa.Array, frozenset[int]]:
 def _rows(table: pa.Table, places: _Places, columns: Columns, label: str) -> Rows:
     names = set(table.column_names)
     return Rows(
+        lines=places.numbers,
         urls=_raw(table, columns.url, label),
         captions=_raw(table, columns.caption, label),
         splits=_splits(table["split"], places, label) if "split" in names else None,

@@ -36,6 +36,8 @@ from ops.recipes import file_sha256, parse_json, sha256
 from ops.shards import scratch_directory
 
 PLAN = "plan/"
+PLACE = ("list_number", "list_line")
+"""Columns of a work order's file: which of the instalment's lists a row is from, and its line or row there, from 1."""
 INSTALMENT = re.compile(r"plan/part-\d+\.json")
 RUN_ROWS = 131_072
 RUN_BYTES = 128 << 20
@@ -80,6 +82,7 @@ class Instalment:
 
     number: int
     lists: tuple[ListFile, ...]
+    """In the order of their digests: `list_number` of a work order's row counts in it."""
     first_shard: int
     work_orders: tuple[WorkOrder, ...]
     previous: str | None = None
@@ -155,7 +158,8 @@ def read_instalments(store: Store) -> list[Instalment]:
 def read_work_order(store: Store, work_order: WorkOrder) -> pa.Table:
     """The rows of a shard: `key uid url caption split weight status detail` + the user's columns.
 
-    `status` is null for a pair that is to be fetched, else the reason that the plan decided. Raises DamagedArtifact.
+    `status` is null for a pair that is to be fetched, else the reason that the plan decided. Where the lists had each
+    row (`PLACE`) stands in the file alone, so that no sidecar gets it: ops/why.py reads it. Raises DamagedArtifact.
     """
     place = f"{store.location}/{work_order.key}"
     try:
@@ -164,7 +168,8 @@ def read_work_order(store: Store, work_order: WorkOrder) -> pa.Table:
         raise DamagedArtifact(place, work_order.sha256, "no file") from None
     if (found := sha256(data)) != work_order.sha256:
         raise DamagedArtifact(place, work_order.sha256, found)
-    return pq.read_table(io.BytesIO(data))
+    table = pq.read_table(io.BytesIO(data))
+    return table.select([name for name in table.column_names if name not in PLACE])
 
 
 def extend_plan(
@@ -216,11 +221,11 @@ def _plan(
     runs = _Runs(scratch, buckets=min(1024, 1 + size // BUCKET_BYTES))
     planned: list[ListFile] = []
     # In the order of digests: names and the order of the command line decide nothing.
-    for digest, (path, bytes, mark) in sorted(todo.items()):
+    for index, (digest, (path, bytes, mark)) in enumerate(sorted(todo.items())):
         count = 0
         for rows in read_rows(path, columns, caption_required=filters.caption_required, scratch=scratch):
             count += len(rows.urls)
-            runs.add(_judged(rows, settings, filters), path.label)
+            runs.add(_placed(_judged(rows, settings, filters), index, rows.lines), path.label)
         if stamp(path.path) != mark:
             raise BadList(path.label, None, "was changed while it was read")
         planned.append(ListFile(digest, path.label, count, bytes))
@@ -295,6 +300,14 @@ def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.T
     for name in rows.extra.column_names:
         table = table.append_column(name, rows.extra[name])
     return table.replace_schema_metadata(None)
+
+
+def _placed(table: pa.Table, number: int, lines: Sequence[int]) -> pa.Table:
+    """With the list of each row and its line there: what `armchair why` tells, and no part of a pair's identity."""
+    columns = (np.full(len(table), number, np.int32), np.asarray(lines, np.int64))
+    for name, column in zip(PLACE, columns, strict=True):
+        table = table.append_column(name, pa.array(column))
+    return table
 
 
 @dataclass

@@ -71,6 +71,7 @@ def read(path: Path, columns: Columns = BY_NAME, *, caption_required: bool = Tru
         read_rows(ListPath(path, watched=False), columns, caption_required=caption_required, scratch=path.parent)
     )
     return Rows(
+        lines=[line for batch in batches for line in batch.lines],
         urls=[url for batch in batches for url in batch.urls],
         captions=[caption for batch in batches for caption in batch.captions],
         splits=None if batches[0].splits is None else [s for batch in batches for s in batch.splits or []],

@@ -58,6 +58,13 @@ def tables(store: Store, instalments: Iterable[Instalment] | None = None) -> lis
     return [read_work_order(store, order) for instalment in instalments for order in instalment.work_orders]
 
 
+def places(store: Store) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Of each row its URL, and its `list_number` and `list_line` in the file of the work order."""
+    for order in (order for instalment in read_instalments(store) for order in instalment.work_orders):
+        rows = pq.read_table(pa.BufferReader(store.read(order.key))).to_pylist()
+        yield from ((row["url"], (row["list_number"], row["list_line"])) for row in rows)
+
+
 def urls(store: Store) -> Counter[str]:
     return Counter(url for table in tables(store) for url in table["url"].to_pylist())
 
@@ -237,7 +244,7 @@ def test_the_same_list_gives_the_same_bytes_in_another_process(tmp_path: Path, p
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_all_formats_of_one_list_give_the_same_work_orders(tmp_path: Path) -> None:
+def test_all_formats_of_one_list_give_the_same_rows_and_each_its_own_lines(tmp_path: Path) -> None:
     tsv = write_tsv(tmp_path / "a.tsv", 0, 250)
     rows = [line.split("\t") for line in tsv.read_text().splitlines()[1:]]
     objects = [{"url": url, "caption": caption} for url, caption in rows]
@@ -246,12 +253,30 @@ def test_all_formats_of_one_list_give_the_same_work_orders(tmp_path: Path) -> No
     (tmp_path / "a.json").write_text(json.dumps(objects))
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
     pq.write_table(pa.table({"url": [u for u, _ in rows], "caption": [c for _, c in rows]}), tmp_path / "a.parquet")
-    made = set()
-    for name in ("a.tsv", "a.csv", "a.csv.gz", "a.jsonl", "a.json", "a.parquet"):
-        extension = extend(LocalStore(tmp_path / name.replace(".", "-")), tmp_path / name)
-        assert extension.instalment is not None
-        made.add(extension.instalment.work_orders)
-    assert len(made) == 1
+    first = {"a.tsv": 2, "a.csv": 2, "a.csv.gz": 2, "a.jsonl": 1, "a.json": 1, "a.parquet": 1}
+    made: list[list[pa.Table]] = []
+    for name, line in first.items():
+        store = LocalStore(tmp_path / name.replace(".", "-"))
+        extend(store, tmp_path / name)
+        made.append(tables(store))
+        for url, place in places(store):
+            row = int(url.rpartition("/")[2].removesuffix(".jpg"))
+            assert place == (0, line + (0 if name == "a.json" else row)), name  # json.dumps writes one line
+    assert all(rows == made[0] for rows in made)
+
+
+def test_the_place_of_a_row_names_its_list_and_line_and_reaches_no_sidecar(tmp_path: Path) -> None:
+    """The line is the one an error would name, and `list_number` counts the lists in the order of their digests."""
+    (tmp_path / "a.csv").write_text('url,caption\nu1,"two\nlines"\n\nu2,"one ""line"""\n')
+    (tmp_path / "b.tsv").write_text("url\tcaption\tlist_line\nu3\tsome words\tmine\n")
+    store = LocalStore(tmp_path / "pairs")
+    instalment = extend(store, tmp_path / "a.csv", tmp_path / "b.tsv").instalment
+    assert instalment is not None
+    found = {url: (Path(instalment.lists[number].label).name, line) for url, (number, line) in places(store)}
+    assert found == {"u1": ("a.csv", 2), "u2": ("a.csv", 5), "u3": ("b.tsv", 2)}
+    [table] = tables(store)
+    assert not {"list_number", "list_line"} & set(table.column_names)
+    assert {row["url"]: row["list_list_line"] for row in table.to_pylist()} == {"u1": None, "u2": None, "u3": "mine"}
 
 
 # --- instalments -----------------------------------------------------------------------------------------------------
