@@ -23,12 +23,14 @@ from infra.store import Store
 from ops.errors import DamagedArtifact, StorageError
 from ops.seeds import derived_seed, derived_share
 from ops.shards import FileRef, read_verified
-from ops.snapshot import HELD_OUT, TRAIN, Group, PinnedShard, Snapshot, selection
+from ops.snapshot import HELD_OUT, TRAIN, Group, Kind, PinnedShard, Snapshot, selection
 
 Codes = np.ndarray[Any, np.dtype[np.uint16]]
 T = TypeVar("T")
 
 JPEG_START = b"\xff\xd8"
+WINDOW_GROUPS: dict[Kind, int] = {"pictures": 16, "codes": 64}
+"""Groups whose rows are permuted together in training, W: so many are in memory."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,42 @@ class Order:
     def at(self, position: int) -> Place:
         """The place of a position (0, 1, … without end)."""
         epoch, within = divmod(position, self.rows)
-        if self._epoch is None or self._epoch[0] != epoch:
-            groups = _permutation(len(self._sizes), "groups", self._seed, epoch)
-            before = np.concatenate([[0], np.cumsum(self._sizes[groups])])
-            self._epoch = (epoch, groups, before[:: self._window_groups].tolist())
-        _, groups, firsts = self._epoch
+        groups, firsts = self._groups_of(epoch)
         window = bisect_right(firsts, within) - 1
-        if self._window is None or self._window[0] != (epoch, window):
-            members = groups[window * self._window_groups : (window + 1) * self._window_groups]
-            after = np.cumsum(self._sizes[members]).tolist()
-            self._window = ((epoch, window), _permutation(after[-1], "rows", self._seed, epoch, window), after)
-        _, rows, ends = self._window
+        rows, ends = self._rows_of(epoch, window)
         row = int(rows[within - firsts[window]])
         member = bisect_right(ends, row)
         group = int(groups[window * self._window_groups + member])
         return Place(epoch, group, row - (ends[member - 1] if member else 0))
+
+    def position(self, place: Place) -> int:
+        """The position of a place, which `at` leads back to: one permutation of groups and one of a window's rows.
+
+        >>> order = Order([3, 2], seed=0, window_groups=2)
+        >>> order.at(order.position(Place(7, 1, 0)))
+        Place(epoch=7, group=1, row=0)
+        """
+        groups, firsts = self._groups_of(place.epoch)
+        window, member = divmod(int(np.flatnonzero(groups == place.group)[0]), self._window_groups)
+        rows, ends = self._rows_of(place.epoch, window)
+        row = place.row + (ends[member - 1] if member else 0)
+        return int(place.epoch * self.rows + firsts[window] + np.flatnonzero(rows == row)[0])
+
+    def _groups_of(self, epoch: int) -> tuple[Any, list[int]]:
+        """The groups in the order of an epoch, and the position within it at which each window begins."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            groups = _permutation(len(self._sizes), "groups", self._seed, epoch)
+            before = np.concatenate([[0], np.cumsum(self._sizes[groups])])
+            self._epoch = (epoch, groups, before[:: self._window_groups].tolist())
+        return self._epoch[1:]
+
+    def _rows_of(self, epoch: int, window: int) -> tuple[Any, list[int]]:
+        """The rows of a window in its order, counted over its groups, and where each group ends in that count."""
+        if self._window is None or self._window[0] != (epoch, window):
+            members = self._groups_of(epoch)[0][window * self._window_groups : (window + 1) * self._window_groups]
+            after = np.cumsum(self._sizes[members]).tolist()
+            self._window = ((epoch, window), _permutation(after[-1], "rows", self._seed, epoch, window), after)
+        return self._window[1:]
 
 
 def _permutation(n: int, *owners: int | str) -> Any:
@@ -209,7 +232,9 @@ class Reader(Generic[T]):
         return self._loaded[crop, index]
 
 
-def codes_reader(store: Store, snapshot: Snapshot, seed: int, tokenizer: str, window_groups: int = 64) -> Reader[Codes]:
+def codes_reader(
+    store: Store, snapshot: Snapshot, seed: int, tokenizer: str, window_groups: int = WINDOW_GROUPS["codes"]
+) -> Reader[Codes]:
     """Reads codes [N] of a snapshot of TOKENS. Raises StorageError if another tokenizer than `tokenizer` made them."""
     if snapshot.tokenizer != tokenizer:
         raise StorageError(
@@ -220,7 +245,9 @@ def codes_reader(store: Store, snapshot: Snapshot, seed: int, tokenizer: str, wi
     return Reader(store, snapshot, seed, window_groups, _load_codes)
 
 
-def pictures_reader(store: Store, snapshot: Snapshot, seed: int, window_groups: int = 16) -> Reader[bytes]:
+def pictures_reader(
+    store: Store, snapshot: Snapshot, seed: int, window_groups: int = WINDOW_GROUPS["pictures"]
+) -> Reader[bytes]:
     """Reads stored JPEGs of a snapshot of PAIRS."""
     return Reader(store, snapshot, seed, window_groups, _load_pictures)
 

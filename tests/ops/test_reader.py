@@ -39,7 +39,9 @@ def test_an_epoch_holds_every_row_once_and_touches_a_window_of_groups_at_a_time(
     sizes: list[int], seed: int, window: int, epoch: int
 ) -> None:
     order = Order(sizes, seed, window)
-    places = [order.at(position) for position in range(epoch * order.rows, (epoch + 1) * order.rows)]
+    positions = range(epoch * order.rows, (epoch + 1) * order.rows)
+    places = [order.at(position) for position in positions]
+    assert [order.position(place) for place in places] == list(positions)
     assert Counter((place.group, place.row) for place in places) == Counter(
         (group, row) for group, size in enumerate(sizes) for row in range(size)
     )
