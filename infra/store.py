@@ -1,12 +1,14 @@
 """Storage: every byte that is published goes through a `Store`. Keys are relative, '/'-separated names below one root.
 
-Lives here: read, ranged read, put (create-if-absent or replace), list, delete, and a pyarrow filesystem for Parquet.
-May not live here: what the bytes mean (ops/shards.py, ops/plan.py). Failures are the built-in `OSError` family.
+Lives here: read, ranged read, put (create-if-absent or replace), list, delete, and a pyarrow filesystem for Parquet;
+the form on local disk. The form in a bucket is infra/bucket.py. Failures are the built-in `OSError` family.
+May not live here: what the bytes mean (ops/shards.py, ops/plan.py).
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import stat
@@ -14,13 +16,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 TEMPORARY = ".tmp-"
 """Prefix of a file that is being written: never listed, swept when old."""
+
+
+class StoreError(OSError):
+    """StoreError(text): what happened, where, and the next step, in whole sentences. Nothing is to be added."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,8 @@ class LocalStore:
         self.location = str(root)
 
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if {"", ".", ".."} & set(parts):
-            raise ValueError(f"not a key of a store: {key!r}")
-        return self.root.joinpath(*parts)
+        check_key(key)
+        return self.root.joinpath(*key.split("/"))
 
     def read(self, key: str) -> bytes:
         return self._path(key).read_bytes()
@@ -134,7 +138,7 @@ class LocalStore:
         found = []
         for folder, _, names in os.walk(directory, onerror=_raise_unless_gone):
             for name in names:
-                if name.startswith(TEMPORARY) is not temporary:
+                if is_temporary(name) is not temporary:
                     continue
                 path = Path(folder, name)
                 key = path.relative_to(self.root).as_posix()
@@ -157,6 +161,70 @@ class LocalStore:
         from pyarrow.fs import LocalFileSystem
 
         return LocalFileSystem(), str(self.root)
+
+
+@dataclass(frozen=True)
+class ObjectPath:
+    """An object as a file to read in pieces: the part of `Path` that readers of files use."""
+
+    store: Store
+    key: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The last ending of the name, with its dot."""
+        return Path(self.name).suffix
+
+    def __str__(self) -> str:
+        return f"{self.store.location}/{self.key}"
+
+    def open(self, mode: Literal["rb"] = "rb", buffering: int = 8 << 20) -> IO[bytes]:
+        """A stream that can seek. Each fill of its buffer is one ranged read; 0 reads what is asked for."""
+        entry = self.store.stat(self.key)
+        if entry is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        raw = _Ranges(self.store, entry)
+        return io.BufferedReader(raw, buffering) if buffering else cast(IO[bytes], raw)
+
+
+class _Ranges(io.RawIOBase):
+    def __init__(self, store: Store, entry: Entry) -> None:
+        self._store, self._entry, self._at = store, entry, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._entry.bytes}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._entry.bytes - self._at)
+        if length <= 0:
+            return 0
+        data = self._store.read_range(self._entry.key, self._at, length)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError for a name that could leave the root or has two spellings."""
+    if {"", ".", ".."} & set(key.split("/")):
+        raise ValueError(f"not a key of a store: {key!r}")
+
+
+def is_temporary(key: str) -> bool:
+    """Whether a key names something half-written."""
+    return key.rpartition("/")[2].startswith(TEMPORARY)
 
 
 def _raise_unless_gone(error: OSError) -> None:
@@ -182,18 +250,35 @@ def _fsync_directory(directory: Path) -> None:
 
 
 def open_store(location: str) -> Store:
-    """The store at a local path. Nothing is created until the first put.
+    """The store at a local path or at s3://bucket/prefix. Nothing is created, or asked for, until the first use.
 
-    >>> open_store("runs/demo/pairs").location
-    'runs/demo/pairs'
+    >>> open_store("runs/demo/pairs").location, open_store("s3://bucket/demo/pairs/").location
+    ('runs/demo/pairs', 's3://bucket/demo/pairs')
     """
-    if "://" in location:
-        raise OSError(f"{location}: only local paths can be used so far, not {location.split('://')[0]}://")
+    scheme, separator, _ = location.partition("://")
+    if separator:
+        if scheme != "s3":
+            raise StoreError(f"{location}: {scheme}:// is not known here. Use a local path or s3://bucket/prefix.")
+        from infra.bucket import S3Store  # boto3 takes 0.3 s to import
+
+        return S3Store(location)
     path = Path(location)
     nearest = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
     if nearest.exists() and not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file; a directory is needed")
     return LocalStore(path)
+
+
+def parent(location: str) -> str:
+    """The place that a place lies in.
+
+    >>> parent("runs/demo/pairs/"), parent("s3://bucket/demo/pairs"), parent("pairs"), parent("s3://bucket/pairs")
+    ('runs/demo', 's3://bucket/demo', '.', 's3://bucket')
+    """
+    if "://" in location:
+        scheme, _, path = location.rstrip("/").partition("://")
+        return f"{scheme}://{path.rpartition('/')[0] or path}"
+    return str(Path(location).parent)
 
 
 def absolute(location: str) -> str:

@@ -79,11 +79,11 @@ def test_boto3_and_s3fs_do_not_fight() -> None:
     assert not {"s3fs", "aiobotocore", "prefect-ray"} & LOCK.keys()
 
 
-def test_only_the_store_imports_boto3_and_only_the_cluster_starts_ray() -> None:
+def test_only_the_bucket_imports_boto3_and_only_the_cluster_starts_ray() -> None:
     for room in ROOMS:
         for path in (REPO / room).glob("**/*.py"):
             text = path.read_text()
-            if path != REPO / "infra/store.py":
+            if path != REPO / "infra/bucket.py":
                 assert not re.search(r"^\s*(import|from) (boto3|botocore)", text, re.MULTILINE), path
             if path != REPO / "infra/cluster.py":
                 assert "ray.init(" not in text, path
