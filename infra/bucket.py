@@ -280,6 +280,7 @@ class S3Store:
         it: there two writers would both believe that they had won."""
         connection = _connection()
         with connection.lock:
+            self._look()  # a put into a bucket that is missing may be answered by "access denied"
             if (self.bucket, is_multipart) in connection.probed:
                 return
             name = f"{self.prefix}{TEMPORARY}probe-{secrets.token_hex(8)}"

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -165,11 +165,11 @@ class Proxy:
                 proxy.requests.append((seen.method, seen.path))
 
                 def forward() -> Answer:
-                    connection = http.client.HTTPConnection(host, timeout=60)
                     headers = {name: value for name, value in seen.headers.items() if name.lower() != "expect"}
-                    connection.request(seen.method, seen.path, seen.body, headers)
-                    with connection.getresponse() as response:
-                        return response.status, dict(response.getheaders()), response.read()
+                    with closing(http.client.HTTPConnection(host, timeout=60)) as connection:
+                        connection.request(seen.method, seen.path, seen.body, headers)
+                        with connection.getresponse() as response:
+                            return response.status, dict(response.getheaders()), response.read()
 
                 answer = proxy.rule(seen, forward)
                 if answer is None:
