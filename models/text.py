@@ -72,6 +72,17 @@ class CaptionTokenizer:
         text: str = self._bpe.decode([value - _SPECIALS for value in values if value >= _SPECIALS])
         return text.removeprefix(" ")
 
+    def unknown_characters(self, text: str) -> list[str]:
+        """Characters that no token holds whole: the captions of training had them once at most, or never.
+
+        >>> train_bpe(["a red heart ♥", "a blue heart ♥"], 300).unknown_characters("a red ♥ ж ж")
+        ['ж']
+        """
+        normal = self._bpe.normalizer.normalize_str(_utf8(text))
+        spelled = (c for c in dict.fromkeys(normal) if len(c.encode()) > 1)
+        # At most a space and the character; one that was never learned is spelled in its two to four bytes.
+        return [c for c in spelled if len(self._bpe.encode(c, add_special_tokens=False).ids) > 2]
+
     def to_json(self) -> str:
         """All of it as text, for `from_json`."""
         return json.dumps({"format": FORMAT, "bpe": json.loads(self._bpe.to_str())}, ensure_ascii=False)

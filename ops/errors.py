@@ -40,7 +40,7 @@ class BadList(UsageError):
     def __str__(self) -> str:
         path, line, what = self.args
         place = f"{path}, line {line}" if line is not None else str(path)
-        return f"{place}: {what}. Nothing was planned; correct the list and run the same command again."
+        return f"{place}: {str(what).rstrip('.')}. Nothing was planned; correct the list and run the same command again."
 
 
 class BadSetting(UsageError):

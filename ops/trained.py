@@ -239,6 +239,11 @@ def _checkpoint_to_use(store: Store, stage: str) -> Checkpoint:
     if store.stat("recipe.json") is None:
         raise UsageError(f"{store.location} holds no {stage}.", f"Make one with `armchair train {stage}`.")
     found = read_json(store, "recipe.json")["stage"]
+    if found == "transformer" and stage == "tokenizer":
+        raise UsageError(
+            f"{store.location} lacks {FROZEN_TOKENIZER}, the tokenizer that made the codes it was trained on.",
+            "Name that tokenizer with --tokenizer, or copy tokenizer/ from its TOKENS into it.",
+        )
     if found != stage:
         raise UsageError(f"{store.location} is of the stage {found}, not {stage}.", "Name the other directory.")
     checkpoint = latest_checkpoint(store)

@@ -99,6 +99,7 @@ def test_an_empty_prompt_is_refused(learned: Learned, tmp_path: Path, prompts: l
 def test_any_script_draws(learned: Learned, tmp_path: Path) -> None:
     told = generate(str(learned.model), ["красный квадрат", "赤"], n=1, into=str(tmp_path / "x.png"))
     assert [Path(sheet).name for sheet in told["sheets"]] == ["x-0.png", "x-1.png"]
+    assert "do not hold 'красныйвдт'" in told["prompts"][0]["note"], "and the person hears that it means nothing"
 
 
 def test_without_a_place_pictures_go_beside_the_model(learned: Learned, tmp_path: Path) -> None:
