@@ -1,335 +1,132 @@
-"""report.html: what a run did and what came of it, on one page that needs nothing else.
+"""report.html: what a run did, what came of it, and what to do next, read from a RUN as it stands.
 
-Lives here: the plain values that a report is made of, how they are read from a RUN directory, how a curve becomes
-lines of an SVG. The page itself is ops/report.html.j2. May not live here: computing a score, drawing a sheet.
-
-The page refers to nothing outside: pictures are data URIs, curves are SVG, there is no script. It follows the
-reader's light or dark setting and is readable at the width of a phone.
+Lives here: what concerns the run as a whole. The stages' parts are ops/report_stages.py, the page ops/report_page.py.
+May not live here: computing a score, drawing a sheet.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import shlex
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import PurePosixPath
 from typing import Any
 
-import jinja2
-
-from infra.store import LocalStore, Store, join, open_store
+from infra.store import Store, absolute, join, open_store
+from ops.charts import number
 from ops.errors import UsageError
-from ops.reasons import Reason, is_transient, reason_class
-from ops.status import status
-from ops.trained import latest_checkpoint, read_metrics
-
-Points = Sequence[tuple[float, float]]
+from ops.funnel import evenly
+from ops.recipes import RECIPE, read_json
+from ops.report_page import Changed, ReportData, Section, Sheet, Step, Table, render, shown_value
+from ops.report_stages import (
+    SETTINGS,
+    TOKENIZER,
+    TRANSFORMER,
+    Part,
+    Problems,
+    Say,
+    codes_part,
+    pairs_part,
+    planned_lists,
+    preset_of,
+    read_picture,
+    training_part,
+)
+from ops.run_record import read_run
+from ops.snapshot import SNAPSHOT, read_snapshot, source_fingerprint
+from ops.trained import latest_checkpoint, tokenizer_digest
 
 REPORT = "report.html"
-SHEETS_IN_STRIP = 8
+SUMMARY = "summary.json"
 PICTURES_AT_MOST = 12
 PROMPTS_AT_MOST = 4
 """More prompts than this are counted under a sheet, not listed: they stand in the sheet itself."""
-POINTS_A_CURVE = 300
-CHART_WIDTH, CHART_HEIGHT = 320, 170
-"""Units of a chart's drawing area; the page scales it."""
-
-TITLES = {
-    "loss": "Objective",
-    "nats_per_dim": "Distortion + β·KL, nats a dimension",
-    "distortion_nats": "Distortion, nats a picture",
-    "kl_nats": "KL, nats a picture",
-    "usage": "KL of the mean code use to uniform, nats",
-    "gradient_norm": "Norm of the gradient",
-    "psnr_db": "PSNR, dB",
-    "bits_per_dim": "Bits a dimension, discretised",
-    "perplexity": "Perplexity of the codes",
-    "used_fraction": "Share of the codebook in use",
-    "hard_minus_relaxed_nats_per_dim": "Hard minus relaxed codes, nats a dimension",
-    "image_nats_per_code": "Picture, nats a code",
-    "text_nats_per_token": "Caption, nats a token",
-    "information_gain_nats_per_code": "What the caption tells, nats a code",
-    "steps_per_s": "Updates a second",
-    "waited_share": "Share of time that waited for data",
-    "learning_rate": "Learning rate",
-}
-"""Charts in their order on the page. A number of the metrics that has no title here comes after these, by its name."""
-NOT_CHARTED = {"step", "kind", "pictures", "tau", "kl_nats_per_picture", "hard_nats_per_dim", "relaxed_nats_per_dim"}
-
-
-# --- what a report is made of ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One number that matters, with its unit in `value` and what it is measured on in `note`."""
-
-    label: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Counts as bars, for instance pairs by reason. Each row is (label, count, note)."""
-
-    title: str
-    rows: Sequence[tuple[str, int, str]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Curves over one axis: name -> (x, y) points, x rising. Points that are not finite are left out."""
-
-    title: str
-    curves: Mapping[str, Points]
-    x_label: str = "updates"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A picture (PNG) and what it shows."""
-
-    caption: str
-    png: bytes
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a header. `is_folded` shows only the title until it is opened."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    is_folded: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page. `strip` is shown side by side, to be scrolled: the same sheet at several times.
-
-    Its last sheet is also shown large, under `strip_title`.
-    """
-
-    title: str
-    text: str = ""
-    facts: Sequence[Fact] = ()
-    bars: Sequence[Bars] = ()
-    sheets: Sequence[Sheet] = ()
-    strip: Sequence[Sheet] = ()
-    strip_title: str = ""
-    charts: Sequence[Chart] = ()
-    tables: Sequence[Table] = ()
-
-
-@dataclass(frozen=True)
-class ReportData:
-    """A whole report. `licence` stands under the pictures' section and at the end, where pictures come with one."""
-
-    title: str
-    summary: str
-    sections: Sequence[Section]
-    next_steps: Sequence[str] = ()
-    licence: str = ""
-    settings: str = ""
-    """The resolved settings as TOML."""
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
-
-
-def write_report(path: Path, data: ReportData) -> None:
-    """Writes the page, whole or not at all."""
-    store = LocalStore(path.absolute().parent)
-    store.put(path.name, render(data).encode(), if_absent=False)
-
-
-def render(data: ReportData) -> str:
-    """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data_uri"] = _data_uri
-    environment.filters["drawn"] = draw_chart
-    environment.filters["thousands"] = lambda number: f"{number:,}"
-    return environment.get_template("report.html.j2").render(data=data)
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-@dataclass(frozen=True)
-class DrawnChart:
-    """A chart in units of its drawing area, y downwards: lines as `points` of an SVG polyline, ticks as (place, text).
-
-    `is_cut`: some points lie above or below the area.
-    """
-
-    lines: tuple[tuple[str, str, str], ...]
-    """(name, points, text of the last value)"""
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    is_cut: bool
-    width: int = CHART_WIDTH
-    height: int = CHART_HEIGHT
-
-
-def draw_chart(chart: Chart) -> DrawnChart:
-    """Scales and thins the curves. The first moments of a training may be cut off so that the rest can be read."""
-    curves = {name: _finite(points) for name, points in chart.curves.items()}
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        return DrawnChart((), (), (), False)
-    x_low, x_high = _bounds([x for points in curves.values() for x, _ in points], cut=0.0)
-    ys = sorted(y for points in curves.values() for _, y in points)
-    y_low, y_high = _bounds(ys, cut=0.02)
-    y_ticks = [tick for tick in nice_ticks(y_low, y_high)]
-    x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high]
-    y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
-
-    def across(x: float) -> float:
-        return round((x - x_low) / (x_high - x_low) * CHART_WIDTH, 1)
-
-    def down(y: float) -> float:
-        return round((y_high - y) / (y_high - y_low) * CHART_HEIGHT, 1)
-
-    lines = []
-    for name, points in curves.items():
-        thin = thinned(points, POINTS_A_CURVE)
-        lines.append((name, " ".join(f"{across(x)},{down(y)}" for x, y in thin), number(points[-1][1])))
-    return DrawnChart(
-        tuple(lines),
-        tuple((across(tick), number(tick)) for tick in x_ticks),
-        tuple((down(tick), number(tick)) for tick in y_ticks),
-        is_cut=ys[0] < y_low or ys[-1] > y_high,
-    )
-
-
-def _finite(points: Points) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-
-
-def _bounds(values: Iterable[float], cut: float) -> tuple[float, float]:
-    """Lowest and highest of the values, widened if they are equal.
-
-    The outermost `cut` share at each end is left out where it would take most of the room.
-    """
-    ordered = sorted(values)
-    skip = int(cut * len(ordered))
-    low, high = ordered[skip], ordered[-1 - skip]
-    if ordered[-1] - ordered[0] <= 3 * (high - low):
-        low, high = ordered[0], ordered[-1]
-    if low == high:
-        margin = abs(low) / 10 or 1.0
-        return low - margin, high + margin
-    return low, high
-
-
-def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, in steps of 1, 2 or 5 times a power of ten.
-
-    >>> nice_ticks(0.13, 0.92)
-    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    """
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(place * step, 12) for place in range(first, last + 1)]
-
-
-def thinned(points: Points, at_most: int) -> list[tuple[float, float]]:
-    """At most so many points: means of equal stretches, with the last point as it is.
-
-    >>> thinned([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0), (4, 2.0)], 3)
-    [(0.5, 2.0), (2.5, 6.0), (4, 2.0)]
-    """
-    if len(points) <= at_most:
-        return list(points)
-    *before, last = points
-    size = -(-len(before) // (at_most - 1))
-    stretches = [before[start : start + size] for start in range(0, len(before), size)]
-    return [tuple(sum(axis) / len(stretch) for axis in zip(*stretch, strict=True)) for stretch in stretches] + [last]  # type: ignore[misc]
-
-
-def number(value: float) -> str:
-    """A number as people read it: three digits that matter, thousands with commas.
-
-    >>> number(0.01234), number(18.64), number(12000.0), number(-0.5), number(0.0), number(4e-5)
-    ('0.0123', '18.6', '12,000', '-0.5', '0', '4e-05')
-    """
-    if value == 0:
-        return "0"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-# --- a run -----------------------------------------------------------------------------------------------------------
+PROGRESS_S = 5.0
 
 
 def write_run_report(run: str) -> str:
-    """Reads RUN as it stands, writes RUN/report.html, returns where that is. Raises UsageError if there is no run."""
-    data = report_of_run(run)
-    open_store(run).put(REPORT, render(data).encode(), if_absent=False)
+    """Reads RUN as it stands, writes RUN/report.html, returns where that is. Raises UsageError if there is no run.
+
+    Says on stderr what it reads, each five seconds.
+    """
+    with _progress() as say:
+        data = report_of_run(run, say)
+        say("writing")
+        open_store(run).put(REPORT, render(data).encode(), if_absent=False)
     return join(run, REPORT)
 
 
-def report_of_run(run: str) -> ReportData:
-    """What a RUN directory tells, finished or not: a stage that is not there yet is said so.
+def report_of_run(run: str, say: Say = lambda what: None) -> ReportData:
+    """What a RUN tells, finished or not; what can't be read becomes a line.
 
     Scores, a licence line (`licence`) and the kind of run (`title`) come from summary.json where there is one.
-    Raises UsageError for a directory without any stage.
+    Raises UsageError for a place without any stage.
     """
-    store = open_store(run)
-    summary = _json(store, "summary.json")
-    pairs, next_steps = _pairs_section(run)
-    sections = [
-        _pictures_section(store),
-        _scores_section(summary),
-        pairs,
-        _trained_section(
-            run, "tokenizer", "The tokenizer", _TOKENIZER_TEXT, "Originals, and below each its reconstruction"
-        ),
-        _trained_section(run, "model", "The transformer", _TRANSFORMER_TEXT, "Samples with their prompts"),
+    store, problems = open_store(run), Problems()
+    if store.stat(RECIPE) is not None:
+        stage = (problems.tried(RECIPE, read_json, store, RECIPE) or {}).get("stage", "unknown")
+        raise UsageError(f"{run} is a stage ({stage}), not a run.", "Name the directory above: armchair report RUN")
+    stages = [
+        pairs_part(run, say),
+        training_part(run, TOKENIZER),
+        codes_part(run, say),
+        training_part(run, TRANSFORMER),
     ]
-    there = [section for section in sections if section is not None]
-    if not there:
+    say("the run")
+    summary = problems.tried(SUMMARY, _json, store, SUMMARY) or {}
+    pictures = _pictures_section(store, problems)
+    if all(part.section is None for part in stages) and pictures is None:
         raise UsageError(f"{run} holds no run.", "`armchair build LIST --into RUN` or `armchair demo` makes one.")
-    settings = _text(store, "settings.toml")
-    if latest_checkpoint(open_store(join(run, "model"))) is not None:
-        next_steps.append(f'Draw something: armchair generate {join(run, "model")} "a prompt" -n 9')
-    if settings:
-        next_steps.append(
-            "Train longer, or at another size: the same command with --into another directory, --preset "
-            f"{join(run, 'settings.toml')} and --set, for instance --set transformer_training.steps=10000. "
-            "armchair settings names every value."
-        )
+    there = [
+        pictures,
+        *(part.section for part in stages),
+        problems.tried(SUMMARY, _scores_section, summary),
+        _settings_section(run),
+        _lineage_section(run, summary),
+    ]
+    sections = [section for section in there if section is not None]
+    if problems.lines:
+        sections[0] = replace(sections[0], problems=[*problems.lines, *sections[0].problems])
     return ReportData(
-        title=str(summary.get("title", f"armchair · {Path(run).name}")),
+        title=str(summary.get("title", f"armchair · {_name(run)}")),
         summary=_lead(summary),
-        sections=there,
-        next_steps=next_steps,
+        sections=sections,
+        stages=[part.stage for part in stages],
+        steps=_steps(run, stages, sections),
         licence=str(summary.get("licence", "")),
-        settings=settings,
     )
 
 
-_TOKENIZER_TEXT = (
-    "A discrete variational autoencoder turns a picture into a grid of codes and back. What it loses here, the "
-    "transformer can't bring back: look at the pictures and, below each, what is left of it in codes."
-)
-_TRANSFORMER_TEXT = (
-    "A transformer reads a caption and predicts the codes one after the other. If the captions tell it something, the "
-    "right caption's curve lies below the shuffled one's."
-)
+@contextmanager
+def _progress() -> Iterator[Say]:
+    """`say(what)`: what is being read is printed on stderr each five seconds, and never if all takes less."""
+    ended, now = threading.Event(), [""]
+
+    def tell() -> None:
+        while not ended.wait(PROGRESS_S):
+            sys.stderr.write(f"report: {now[0]}\n")
+            sys.stderr.flush()
+
+    thread = threading.Thread(target=tell, name="report", daemon=True)
+    thread.start()
+    try:
+        yield lambda what: now.__setitem__(0, what)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _name(run: str) -> str:
+    """The last part of the place.
+
+    >>> _name("s3://bucket/runs/demo/"), _name("/runs/demo")
+    ('demo', 'demo')
+    """
+    return PurePosixPath(absolute(run).rstrip("/")).name or run
 
 
 def _lead(summary: Mapping[str, Any]) -> str:
@@ -348,15 +145,48 @@ def _seconds(value: Any, clock: str) -> float:
     return float(of_stages.get("total", sum(of_stages.values())))
 
 
-def _pictures_section(store: Store) -> Section | None:
+# --- what to do next -------------------------------------------------------------------------------------------------
+
+
+def _steps(run: str, stages: Sequence[Part], sections: Sequence[Section]) -> list[Step]:
+    """What is unfinished, in the order of the stages; then what can be done with what is there."""
+    steps: list[Step] = []
+    for part in stages:
+        steps += part.steps
+        if part.stage.state != "done":
+            break  # the stages after it wait for this one
+    if stages[-1].stage.share:
+        steps.append(Step("Draw something:", f'armchair generate {shlex.quote(join(run, "model"))} "a prompt" -n 9'))
+    lines = list(dict.fromkeys(line for section in sections for mark in section.marks for line in mark.settings))
+    if lines and all(part.stage.state == "done" for part in stages):
+        sets = " ".join(f"--set {shlex.quote(line)}" for line in lines)
+        steps.append(Step("Try what the marks above suggest, one or all, and compare:", _again(run, lines, sets)))
+    return steps
+
+
+def _again(run: str, lines: Sequence[str], sets: str) -> str:
+    """The command that trains again with other settings, beside this run or from its codes."""
+    if all(line.startswith("transformer") for line in lines):
+        into = shlex.quote(join(run, "model-2"))
+        return f"armchair train transformer {shlex.quote(join(run, 'tokens'))} --into {into}{preset_of(run)} {sets}"
+    lists = " ".join(map(shlex.quote, planned_lists(open_store(join(run, "pairs"))))) or "LIST"
+    return f"armchair build {lists} --into {shlex.quote(run.rstrip('/') + '-2')}{preset_of(run)} {sets}"
+
+
+# --- pictures and scores ---------------------------------------------------------------------------------------------
+
+
+def _pictures_section(store: Store, problems: Problems) -> Section | None:
     # Sheets only: the single pictures of a prompt lie one directory deeper.
     keys = [e.key for e in store.list("pictures/") if e.key.endswith(".png") and e.key.count("/") == 1]
     if not keys:
         return None
     sheets = []
-    for key in keys[:PICTURES_AT_MOST]:
-        beside = _json(store, key.removesuffix(".png") + ".json")
-        sheets.append(Sheet(_picture_caption(key, beside), store.read(key)))
+    for key in evenly(keys, PICTURES_AT_MOST):
+        beside = problems.tried(key, _json, store, key.removesuffix(".png") + ".json") or {}
+        picture = problems.tried(key, read_picture, store, key)
+        if picture:
+            sheets.append(Sheet(_picture_caption(key, beside), picture))
     left_out = f" {len(keys) - PICTURES_AT_MOST} more lie in pictures/." if len(keys) > PICTURES_AT_MOST else ""
     return Section("Pictures from prompts", f"Drawn by the transformer, code by code.{left_out}", sheets=sheets)
 
@@ -364,19 +194,18 @@ def _pictures_section(store: Store) -> Section | None:
 def _picture_caption(key: str, beside: Mapping[str, Any]) -> str:
     prompts = list(dict.fromkeys(map(str, beside.get("prompts") or filter(None, [beside.get("prompt")]))))
     told = " · ".join(prompts) if len(prompts) <= PROMPTS_AT_MOST else f"{len(prompts)} prompts"
-    parts = [Path(key).stem.replace("-", " ").replace("_", " "), told]
+    parts = [PurePosixPath(key).stem.replace("-", " ").replace("_", " "), told]
     if "seed" in beside:
         parts.append(f"seed {beside['seed']}")
     return ". ".join(part for part in parts if part)
 
 
 def _scores_section(summary: Mapping[str, Any]) -> Section | None:
-    parts = {name: value for name, value in summary.items() if isinstance(value, dict)}
+    parts = {name: value for name, value in summary.items() if isinstance(value, dict) and name != "pairs"}
     if not parts:
         return None
     tables = [
-        Table(name, ("", "value"), _flat(value), is_folded=name in ("seconds", "pairs", "retrieval"))
-        for name, value in parts.items()
+        Table(name, ("", ""), _flat(value), is_folded=name in ("seconds", "retrieval")) for name, value in parts.items()
     ]
     return Section("Scores", "From summary.json.", tables=tables)
 
@@ -388,104 +217,143 @@ def _flat(value: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
         if isinstance(part, dict):
             rows += _flat(part, f"{label} · ")
         else:
-            rows.append(
-                (label, number(part) if isinstance(part, int | float) and not isinstance(part, bool) else str(part))
-            )
+            is_number = isinstance(part, int | float) and not isinstance(part, bool)
+            rows.append((label, number(part) if is_number else str(part)))
     return rows
 
 
-def _pairs_section(run: str) -> tuple[Section | None, list[str]]:
-    location = join(run, "pairs")
-    try:
-        told = status(open_store(location))
-    except UsageError:
-        return None, []
-    pairs, shards = told["pairs"], told["shards"]
-    rejected = sorted(pairs["rejected"].items(), key=lambda item: -item[1])
-    waiting = pairs["planned"] - pairs["kept"] - sum(pairs["rejected"].values())
-    rows = [("planned", pairs["planned"], ""), ("kept", pairs["kept"], "")]
-    rows += [(reason, count, str(reason_class(Reason(reason)))) for reason, count in rejected]
-    if waiting:
-        rows.append(("in shards not committed", waiting, ""))
-    facts = [
-        Fact("pairs kept", f"{pairs['kept']:,}", f"of {pairs['planned']:,} planned"),
-        Fact("shards committed", f"{shards['committed']:,}", f"of {shards['planned']:,}"),
-        Fact("stored", f"{told['bytes'] / 1e6:,.1f} MB", "pictures and their tables"),
-    ]
-    next_steps = []
-    if shards["committed"] < shards["planned"]:
-        next_steps.append("Some shards are not committed: run the same command again, it does only what is missing.")
-    transient = sum(count for reason, count in rejected if is_transient(reason))
-    if transient:
-        next_steps.append(f"Ask again for the {transient:,} pairs that may come now: armchair rerun {location}")
-    text = "Each planned pair is kept or has one reason. Transient reasons may pass when the pair is asked for again."
-    return Section("Pairs", text, facts=facts, bars=[Bars("Pairs by reason", rows)]), next_steps
+# --- how it was made -------------------------------------------------------------------------------------------------
 
 
-def _trained_section(run: str, name: str, title: str, text: str, strip_title: str) -> Section | None:
-    store = open_store(join(run, name))
-    checkpoint = latest_checkpoint(store)
-    if checkpoint is None:
+def default_settings() -> dict[str, dict[str, Any]]:
+    """Section -> name -> default, of the settings that recipes hold; as JSON would give them back."""
+    from models.dvae import DvaeSettings
+    from models.transformer import TransformerSettings
+    from ops.filters import FilterSettings
+    from ops.jobs import TokenizerTrainSettings, TransformerTrainSettings
+    from ops.pictures import PictureSettings
+    from ops.plan import PlanSettings
+    from ops.tokenize import TokensSettings
+
+    sections: dict[str, Any] = {
+        "plan": PlanSettings(),
+        "filters": FilterSettings(),
+        "picture": PictureSettings(),
+        "dvae": DvaeSettings(),
+        "tokenizer_training": TokenizerTrainSettings(),
+        "tokens": TokensSettings(),
+        "transformer": TransformerSettings(),
+        "transformer_training": TransformerTrainSettings(),
+    }
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps({name: asdict(value) for name, value in sections.items()}))
+    return plain
+
+
+def _settings_section(run: str) -> Section | None:
+    """What differs from the defaults, from the recipes of the stages; then the whole settings.toml, folded."""
+    problems, defaults = Problems(), default_settings()
+    changed: dict[str, list[Changed]] = {}
+    is_any = False
+    for stage in ("pairs", "tokenizer", "tokens", "model"):
+        store = open_store(join(run, stage))
+        if store.stat(RECIPE) is None:
+            continue
+        is_any = True
+        identity: dict[str, Any] = (problems.tried(f"{stage}/{RECIPE}", read_json, store, RECIPE) or {}).get(
+            "identity", {}
+        )
+        for name, values in identity.items():
+            usual = defaults.get(name, {})
+            differing = [
+                Changed(field, shown_value(value), shown_value(usual.get(field)))
+                for field, value in values.items()
+                if value != usual.get(field)
+            ]
+            if differing:
+                changed[name] = differing
+    text = problems.tried(SETTINGS, _text, open_store(run), SETTINGS) or ""
+    if not is_any and not text:
         return None
-    rows = read_metrics(store)
-    last: dict[str, Any] = next((row for row in reversed(rows) if row["kind"] == "evaluation"), {})
-    return Section(
-        title,
-        text,
-        facts=[Fact("updates", f"{checkpoint.step:,}", f"model {checkpoint.digest[:12]}"), *_evaluation_facts(last)],
-        strip=_strip(store, checkpoint.step),
-        strip_title=strip_title,
-        charts=charts_of(rows),
-    )
+    told = "What was set otherwise than by default (in brackets), of what decides the outcome. "
+    told += "The defaults are the sizes of the paper." if changed else "Here: nothing."
+    folded = {"Every setting of this run (settings.toml)": text} if text else None
+    return Section("Settings", told, problems.lines, changed=changed, folded=folded)
 
 
-def _evaluation_facts(row: Mapping[str, Any]) -> list[Fact]:
-    on = str(row.get("on", "")).replace("_", " ")
-    note = f"{row['pictures']} {on} pictures" if "pictures" in row else on
-    names = ("psnr_db", "bits_per_dim", "perplexity", "image_nats_per_code", "information_gain_nats_per_code")
-    facts = []
-    for name in names:
-        value = row.get(name)
-        if isinstance(value, dict):
-            value = value.get("right")
-        if isinstance(value, int | float):
-            facts.append(Fact(TITLES[name], number(value), note))
-    return facts
+def _lineage_section(run: str, summary: Mapping[str, Any]) -> Section | None:
+    """What was made from what, by digests; versions and machines."""
+    problems = Problems()
+    stores = {name: open_store(join(run, name)) for name in ("pairs", "tokenizer", "tokens", "model")}
+    recipes = {
+        name: problems.tried(f"{name}/{RECIPE}", read_json, store, RECIPE) or {}
+        for name, store in stores.items()
+        if store.stat(RECIPE) is not None
+    }
+    if not recipes:
+        return None
+    rows: list[tuple[str, str, str]] = []
+    if "pairs" in recipes:
+        rows.append(("pairs", _short(problems.tried("pairs", source_fingerprint, stores["pairs"])), "lists"))
+    tokenizer: str | None = None
+    if "tokenizer" in recipes:
+        tokenizer = problems.tried("tokenizer", _model_digest, stores["tokenizer"])
+        rows += _snapshot_rows("tokenizer", stores["tokenizer"], "pairs", problems)
+        rows.append(("tokenizer", _short(tokenizer), "its snapshot"))
+    if "tokens" in recipes:
+        made_by = problems.tried("tokens/tokenizer", tokenizer_digest, join(run, "tokens"))
+        rows.append(("codes", f"by {_short(made_by)}", _same(made_by, tokenizer)))
+    if "model" in recipes:
+        decoder = problems.tried("model/tokenizer", tokenizer_digest, join(run, "model"))
+        rows += _snapshot_rows("model", stores["model"], "codes", problems)
+        rows.append(("decoder of the model", _short(decoder), _same(decoder, tokenizer)))
+        rows.append(("model", _short(problems.tried("model", _model_digest, stores["model"])), "its snapshot"))
+    tables = [Table("Made from", ("what", "digest", "from"), rows), *_versions(recipes, stores, summary, problems)]
+    text = "Each part names by digest what it was made from, so that no part can be exchanged in silence."
+    return Section("Lineage", text, problems.lines, tables=tables)
 
 
-def _strip(store: Store, last_step: int) -> list[Sheet]:
-    """Sheets of at most eight checkpoints, evenly over the training, the first and the last among them."""
-    found = {int(Path(entry.key).stem): entry.key for entry in store.list("sheets/") if entry.key.endswith(".png")}
-    steps = sorted(step for step in found if step <= last_step)
-    if len(steps) > SHEETS_IN_STRIP:
-        gaps = SHEETS_IN_STRIP - 1
-        steps = [steps[round(place * (len(steps) - 1) / gaps)] for place in range(SHEETS_IN_STRIP)]
-    return [Sheet(f"after {step:,} updates", store.read(found[step])) for step in steps]
+def _same(found: str | None, tokenizer: str | None) -> str:
+    if not found or not tokenizer:
+        return "a tokenizer"
+    return "this tokenizer" if found == tokenizer else "another tokenizer than the one here"
 
 
-def charts_of(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """One chart for each number of the metrics rows, training and evaluation together, in the order of TITLES.
+def _model_digest(store: Store) -> str:
+    checkpoint = latest_checkpoint(store)
+    return checkpoint.digest if checkpoint else ""
 
-    A number that is a table of its own (nats under three captions) gives one curve for each entry.
-    """
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
 
-    def add(chart: str, curve: str, step: float, value: Any) -> None:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            curves.setdefault(chart, {}).setdefault(curve, []).append((step, value))
+def _snapshot_rows(name: str, store: Store, source: str, problems: Problems) -> list[tuple[str, str, str]]:
+    if store.stat(SNAPSHOT) is None:
+        return []
+    snapshot = problems.tried(f"{name}/{SNAPSHOT}", read_snapshot, store)
+    if snapshot is None:
+        return []
+    told = f"{source}: {snapshot.rows():,} to train on, {snapshot.rows('held_out'):,} held out"
+    return [(f"snapshot of the {name}", _short(snapshot.digest), told)]
 
-    for row in rows:
-        of = "training" if row["kind"] == "train" else str(row.get("on", "evaluation")).replace("_", " ")
-        for name, value in row.items():
-            if name in NOT_CHARTED:
-                continue
-            if isinstance(value, dict):
-                for part, number_of_part in value.items():
-                    add(name, f"{of}, {part}", row["step"], number_of_part)
-            else:
-                add(name, of, row["step"], value)
-    order = [name for name in TITLES if name in curves] + sorted(curves.keys() - TITLES.keys())
-    return [Chart(TITLES.get(name, name.replace("_", " ")), curves[name]) for name in order]
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "unknown"
+
+
+def _versions(
+    recipes: Mapping[str, Any], stores: Mapping[str, Store], summary: Mapping[str, Any], problems: Problems
+) -> list[Table]:
+    """Versions of code and libraries, one line each unless stages differ; and the machines that trained."""
+    rows: list[tuple[str, str]] = [("device", str(summary["device"]))] if "device" in summary else []
+    by_name: dict[str, dict[str, list[str]]] = {}
+    for stage, recipe in recipes.items():
+        for name, version in recipe.get("versions", {}).items():
+            by_name.setdefault(name, {}).setdefault(version, []).append(stage)
+    for name, versions in by_name.items():
+        for version, stages in versions.items():
+            rows.append((name if len(versions) == 1 else f"{name} ({', '.join(stages)})", version))
+    for stage in ("tokenizer", "model"):
+        record = problems.tried(f"{stage}/run.json", read_run, stores[stage]) or {}
+        if record.get("host"):
+            rows.append((f"machine that trained the {stage}", str(record["host"])))
+    return [Table("Versions and machines", ("", ""), rows)] if rows else []
 
 
 def _text(store: Store, key: str) -> str:

@@ -1,14 +1,12 @@
-"""The report: complete for a whole run, honest for half a run, one file that asks for nothing from outside."""
+"""The report of a run: complete for a whole run, honest for half a run or a damaged one."""
 
 from __future__ import annotations
 
-import html
 import json
-import re
-from html.parser import HTMLParser
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from infra.store import LocalStore
@@ -16,44 +14,16 @@ from ops import report
 from ops.demo_web import serve
 from ops.errors import UsageError
 from ops.ingest import ingest_shard
-from ops.report import Bars, Chart, Fact, ReportData, Section, Sheet, Table
-from ops.sheets import png
+from ops.jobs import Job
+from ops.report_page import render
+from ops.report_stages import charts_of
+from ops.run_record import claim_run
 from ops.status import status
 from ops.trained import write_checkpoint
+from ops.training import prepare
+from tests.ops.page_parts import Page, dot
 from tests.pairs import generated, pending, plan
-
-
-class Page(HTMLParser):
-    """Tags that are open at the end or close another, every attribute, and the text."""
-
-    VOID = frozenset({"meta", "img", "br", "line"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def dot(red: int) -> bytes:
-    return png(np.full((4, 4, 3), (red, 0, 0), np.uint8))
+from tests.small_runs import TRANSFORMER_TRAINING, transformer_job, write_pair_shard
 
 
 def train_rows(first: int, last: int) -> list[dict]:
@@ -113,10 +83,16 @@ def written(run: Path) -> str:
 # --- a run ---
 
 
+def sections(location: Path) -> dict[str, report.Section]:
+    return {section.title: section for section in report.report_of_run(str(location)).sections}
+
+
+def commands(location: Path) -> list[str]:
+    return [step.command for step in report.report_of_run(str(location)).steps if step.command]
+
+
 def test_the_report_of_a_run_shows_every_part(run):
-    data = report.report_of_run(str(run))
-    titles = [section.title for section in data.sections]
-    assert titles == ["Pictures from prompts", "Scores", "Pairs", "The tokenizer", "The transformer"]
+    assert list(sections(run)) == ["Pictures from prompts", "Pairs", "Tokenizer", "Transformer", "Scores", "Settings"]
     page = Page(written(run))
     for expected in (
         "a small run",
@@ -127,58 +103,43 @@ def test_the_report_of_a_run_shows_every_part(run):
         'image_size = 32  # "pixels" <&>',
         "drawn by <us>",
         "after 240 updates",
+        "the host has a fault",
+        "a caption of broken",
+        "HTTP 503",
     ):
         assert expected in page.text, expected
 
 
 def test_the_funnel_is_what_status_counts(run):
     told = status(LocalStore(run / "pairs"))["pairs"]
-    (section,) = [s for s in report.report_of_run(str(run)).sections if s.title == "Pairs"]
-    (bars,) = section.bars
-    counts = {label: count for label, count, _ in bars.rows}
-    assert counts.pop("planned") == told["planned"] == 15
-    assert counts.pop("kept") == told["kept"] == 12
-    assert counts == told["rejected"] == {"http_4xx": 1, "not_an_image": 1, "http_5xx": 1}
-    assert {label: note for label, _, note in bars.rows}["http_5xx"] == "transient"
+    funnel = sections(run)["Pairs"].funnel
+    assert (funnel.planned, funnel.kept, funnel.judged) == (told["planned"], told["kept"], 15)
+    assert {cause.name: cause.count for cause in funnel.causes} == told["rejected"]
+    assert told["rejected"] == {"http_4xx": 1, "not_an_image": 1, "http_5xx": 1}
+    assert {cause.name: cause.kind for cause in funnel.causes}["http_5xx"] == "transient"
+    assert len(funnel.kept_examples) == 10
+    assert {cause.name: [e.caption for e in cause.examples] for cause in funnel.causes}["http_4xx"] == [
+        "a caption of missing"
+    ]
+    assert (funnel.hosts[0].name, funnel.hosts[0].failed) == ("127.0.0.1", 3)
 
 
-def test_pairs_of_shards_that_are_not_committed_stand_in_the_funnel(tmp_path):
+def test_pairs_of_shards_that_are_not_committed_are_planned_and_not_judged(tmp_path):
     pairs = LocalStore(tmp_path / "pairs")
     with serve(tmp_path) as web:
         plan(pairs, tmp_path / "list.tsv", generated(web.url, range(10)), pairs_per_shard=6)
         assert ingest_shard(pending(pairs)[0]).state == "committed"
-    data = report.report_of_run(str(tmp_path))
-    counts = {label: count for label, count, _ in data.sections[0].bars[0].rows}
-    assert counts["kept"] + counts["in shards not committed"] == counts["planned"] == 10
-    assert any("run the same command again" in step for step in data.next_steps)
+    funnel = sections(tmp_path)["Pairs"].funnel
+    assert (funnel.planned, funnel.judged) == (10, funnel.kept)
+    assert funnel.kept < 10
+    assert commands(tmp_path) == [f"armchair ingest {tmp_path}/list.tsv --into {tmp_path}/pairs"]
 
 
 def test_the_strip_holds_at_most_eight_sheets_with_the_first_and_the_last(run):
-    sections = {section.title: section for section in report.report_of_run(str(run)).sections}
-    captions = [sheet.caption for sheet in sections["The transformer"].strip]
+    captions = [sheet.caption for sheet in sections(run)["Transformer"].strip]
     assert len(captions) == 8
     assert (captions[0], captions[-1]) == ("after 20 updates", "after 240 updates")
-    assert [sheet.png for sheet in sections["The tokenizer"].strip] == [dot(50), dot(100)]
-
-
-def test_the_next_steps_name_commands_for_this_run(run):
-    steps = " ".join(report.report_of_run(str(run)).next_steps)
-    assert f"armchair rerun {run}/pairs" in steps  # one rejection is transient
-    assert f"armchair generate {run}/model" in steps
-    assert f"--preset {run}/settings.toml" in steps
-
-
-def test_a_run_that_stands_half_way_has_a_report_of_what_is_there(tmp_path):
-    trained(tmp_path, "tokenizer", [50])
-    data = report.report_of_run(str(tmp_path))
-    assert [section.title for section in data.sections] == ["The tokenizer"]
-    assert "after 50 updates" in Page(report.render(data)).text
-
-
-def test_a_directory_without_a_run_is_refused_in_words(tmp_path):
-    with pytest.raises(UsageError, match="holds no run"):
-        report.write_run_report(str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
+    assert [sheet.picture for sheet in sections(run)["Tokenizer"].strip] == [dot(50), dot(100)]
 
 
 def test_a_second_report_replaces_the_first(run):
@@ -191,82 +152,12 @@ def test_a_second_report_replaces_the_first(run):
     assert written(run) == first
 
 
-# --- the page ---
-
-
-def test_the_page_refers_to_nothing_outside_and_has_no_script(run):
-    page = written(run)
-    outward = [a for a in Page(page).attributes if a[1] in ("src", "href", "srcset", "data", "action", "xlink:href")]
-    assert outward
-    assert all(value.startswith("data:image/png;base64,") for _, _, value in outward)
-    assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe|<object", page)
-    assert "prefers-color-scheme: dark" in page
-    assert 'name="viewport"' in page
-
-
-def test_text_of_users_is_escaped_wherever_it_stands():
-    evil = '<img src=x onerror="alert(1)">&\'"'
-    section = Section(
-        title=evil,
-        text=evil,
-        facts=[Fact(evil, evil, evil)],
-        bars=[Bars(evil, [(evil, 3, evil)])],
-        sheets=[Sheet(evil, dot(1))],
-        strip=[Sheet(evil, dot(2)), Sheet(evil, dot(3))],
-        strip_title=evil,
-        charts=[Chart(evil, {evil: [(0, 1), (1, 2)]}, evil)],
-        tables=[Table(evil, [evil], [[evil]]), Table(evil, [evil], [[evil]], is_folded=True)],
-    )
-    page = report.render(ReportData(evil, evil, [section], [evil], evil, evil))
-    assert "<img src=x" not in page
-    assert {tag for tag, name, _ in Page(page).attributes if name.startswith("on")} == set()
-    assert html.escape("<img src=x") in page
-
-
-def test_an_empty_report_is_a_whole_page(tmp_path):
-    report.write_report(tmp_path / "empty.html", ReportData("nothing yet", "", []))
-    assert "nothing yet" in Page((tmp_path / "empty.html").read_text()).text
-
-
-# --- curves ---
-
-
-def test_a_chart_holds_the_points_where_they_belong():
-    drawn = report.draw_chart(Chart("t", {"a": [(0, 0.0), (50, 5.0), (100, 10.0)], "b": [(0, 10.0), (100, 0.0)]}))
-    assert drawn.lines == (("a", "0.0,170.0 160.0,85.0 320.0,0.0", "10"), ("b", "0.0,0.0 320.0,170.0", "0"))
-    assert drawn.y_ticks[0] == (170.0, "0")
-    assert drawn.y_ticks[-1] == (0.0, "10")
-    assert not drawn.is_cut
-
-
-def test_the_first_moments_do_not_flatten_a_curve():
-    points = [(0, 10_000.0), *((step, 1 + 1 / step) for step in range(1, 200))]
-    drawn = report.draw_chart(Chart("loss", {"training": points}))
-    assert drawn.is_cut
-    heights = [float(point.split(",")[1]) for point in drawn.lines[0][1].split()]
-    assert heights[0] < 0  # above the area, where the page cuts it off
-    assert max(heights[2:]) - min(heights[2:]) > 0.5 * drawn.height
-
-
-def test_noise_is_not_cut_off():
-    rng = np.random.default_rng(0)
-    assert not report.draw_chart(Chart("n", {"a": list(enumerate(rng.normal(size=500)))})).is_cut
-
-
-@pytest.mark.parametrize("points", [[], [(0, float("nan"))], [(3, 2.0)], [(0, 2.0), (1, 2.0)], [(0, 0.0), (1, 0.0)]])
-def test_a_curve_without_extent_is_drawn_or_left_out(points):
-    page = Page(report.render(ReportData("t", "", [Section("s", charts=[Chart("c", {"a": points})])])))
-    drawn = [value for tag, name, value in page.attributes if (tag, name) == ("polyline", "points")]
-    assert len(drawn) == (1 if any(np.isfinite(y) for _, y in points) else 0)
-    assert not [value for value in drawn if "nan" in value or "inf" in value]
-
-
-def test_thinning_keeps_the_mean_and_the_last_point():
-    points = [(float(x), float(x % 7)) for x in range(1001)]
-    thin = report.thinned(points, 300)
-    assert len(thin) <= 300
-    assert thin[-1] == points[-1]
-    assert np.mean([y for _, y in thin]) == pytest.approx(np.mean([y for _, y in points]), rel=0.02)
+def test_a_place_without_a_run_is_refused_in_words(tmp_path, learned):
+    with pytest.raises(UsageError, match="holds no run"):
+        report.write_run_report(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="is a stage"):
+        report.write_run_report(str(learned.model))
 
 
 def test_metrics_become_one_chart_a_number_with_training_and_evaluation_together():
@@ -278,7 +169,134 @@ def test_metrics_become_one_chart_a_number_with_training_and_evaluation_together
             "image_nats_per_code": {"right": 1.0, "none": 2.0},
         },
     ]  # fmt: skip
-    charts = {chart.title: chart.curves for chart in report.charts_of(rows)}
-    assert list(charts) == ["Objective", "Picture, nats a code", "own number"]
-    assert charts["Objective"] == {"held out": [(0, 9.0), (10, 6.0)], "training": [(10, 5.0)]}
-    assert charts["Picture, nats a code"] == {"held out, right": [(10, 1.0)], "held out, none": [(10, 2.0)]}
+    charts = {chart.title: chart.curves for chart in charts_of(rows).values()}
+    assert list(charts) == ["Picture, nats a code", "Objective", "own number"]
+    assert list(charts["Objective"].items()) == [("training", [(10, 5.0)]), ("held-out", [(0, 9.0), (10, 6.0)])]
+    assert charts["Picture, nats a code"] == {"held-out, right": [(10, 1.0)], "held-out, none": [(10, 2.0)]}
+
+
+# --- how far a run is, and what to do next ---
+
+
+@pytest.fixture
+def copy(learned, tmp_path):
+    """A run of tiny models that may be changed."""
+    shutil.copytree(learned.pairs.parent, tmp_path / "run", ignore=shutil.ignore_patterns("scratch-*"))
+    return tmp_path / "run"
+
+
+def states(location: Path) -> dict[str, str]:
+    return {stage.name: stage.state for stage in report.report_of_run(str(location)).stages}
+
+
+def test_a_finished_run_of_real_models_has_no_problems_and_is_to_be_drawn_with(copy):
+    data = report.report_of_run(str(copy))
+    assert [line for section in data.sections for line in section.problems] == []
+    assert set(states(copy).values()) == {"done"}
+    assert [section.title for section in data.sections][-2:] == ["Settings", "Lineage"]
+    assert f'armchair generate {copy}/model "a prompt" -n 9' in commands(copy)
+    assert f"armchair rerun {copy}/pairs" in commands(copy)
+    codes = sections(copy)["Codes"]
+    assert codes.facts[3].value == f"{64 * 2 * 16:,}"  # pictures, crops, positions
+    assert codes.tiles
+    changed = {one.name: (one.value, one.default) for one in sections(copy)["Settings"].changed["dvae"]}
+    assert changed["vocabulary"] == ("32", "8192")
+    lineage = {what: (digest, made) for what, digest, made in sections(copy)["Lineage"].tables[0].rows}
+    assert lineage["codes"][1] == "this tokenizer"
+
+
+def test_each_stage_that_is_missing_is_said_so_with_the_command_that_makes_it(copy):
+    shutil.rmtree(copy / "model")
+    assert states(copy)["Transformer"] == "not begun"
+    assert f"armchair train transformer {copy}/tokens --into {copy}/model" in commands(copy)
+    shutil.rmtree(copy / "tokens")
+    assert states(copy)["Codes"] == "not begun"
+    makes = f"armchair tokenize {copy}/pairs --tokenizer {copy}/tokenizer --into {copy}/tokens"
+    assert makes in commands(copy)
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "settings.toml").write_text("")
+    tokenizer = f"armchair train tokenizer {copy}/pairs --into {copy}/tokenizer --preset {copy}/settings.toml"
+    assert tokenizer in commands(copy)
+    assert not [command for command in commands(copy) if "tokenize " in command], "what waits for it is not told yet"
+    assert "not begun" in Page(written(copy)).text
+
+
+def test_pairs_without_codes_are_told(copy):
+    write_pair_shard(copy / "pairs", 2, list(range(100, 110)))
+    assert states(copy)["Codes"] == "unfinished"
+    assert any(step.text.startswith("1 pair shards have no codes") for step in report.report_of_run(str(copy)).steps)
+
+
+def test_a_training_that_has_not_ended_goes_on_with_the_same_command(copy):
+    recipe = copy / "model" / "recipe.json"
+    recipe.write_text(recipe.read_text().replace('"steps": 20', '"steps": 50'))
+    assert states(copy)["Transformer"] == "unfinished"
+    assert f"armchair train transformer {copy}/tokens --into {copy}/model" in commands(copy)
+    (copy / "model" / "run.json").unlink()
+    claim_run(LocalStore(copy / "model"), "a run that lives")
+    assert states(copy)["Transformer"] == "under way"
+
+
+def test_a_training_before_its_first_checkpoint_is_told(copy):
+    shutil.rmtree(copy / "model")
+    job: Job = transformer_job(copy / "tokens", copy / "model", replace(TRANSFORMER_TRAINING, steps=7))
+    prepare(job)
+    assert states(copy)["Transformer"] == "unfinished"
+    assert "no checkpoint yet" in sections(copy)["Transformer"].text
+
+
+@pytest.mark.parametrize(
+    ("file", "section"),
+    [
+        ("pairs/receipts/00000.g0.json", "Pairs"),
+        ("pairs/data/*.parquet", "Pairs"),
+        ("tokenizer/steps/0000020/receipt.json", "Tokenizer"),
+        ("tokenizer/metrics/0000010.jsonl", "Tokenizer"),
+        ("tokenizer/recipe.json", "Tokenizer"),
+        ("tokenizer/run.json", "Tokenizer"),
+        ("tokenizer/sheets/0000020.png", "Tokenizer"),
+        ("tokens/receipts/00001.g0.json", "Codes"),
+        ("tokens/data/*.parquet", "Codes"),
+        ("tokens/tokenizer/*.safetensors", "Codes"),
+        ("model/snapshot.json", "Lineage"),
+        ("model/steps/0000020/receipt.json", "Transformer"),
+    ],
+)
+def test_a_damaged_file_makes_a_line_in_its_section(copy, file, section):
+    (path, *_) = sorted(copy.glob(file))
+    path.write_bytes(b'{"format": 1, "neither": ')
+    told = sections(copy)
+    assert told[section].problems
+    assert len(told) >= 6
+    assert "can't be read" in Page(written(copy)).text
+
+
+def test_a_file_that_is_missing_makes_a_line(copy):
+    for path in copy.glob("tokens/data/*.parquet"):
+        path.unlink()
+    (copy / "summary.json").write_text("[")
+    told = sections(copy)
+    assert "no file" in told["Codes"].problems[0]
+    assert any("summary.json can't be read" in line for line in next(iter(told.values())).problems)
+
+
+def test_defaults_are_those_of_the_settings():
+    from pipelines.settings import Settings
+
+    settings = Settings()
+    for section, values in report.default_settings().items():
+        assert values.keys() == vars(getattr(settings, section)).keys() - {"__pydantic_initialised__"}
+
+
+def test_a_long_reading_tells_where_it_is(copy, monkeypatch, capfd):
+    monkeypatch.setattr(report, "PROGRESS_S", 0.001)
+    report.write_run_report(str(copy))
+    assert "report: pairs: shard" in capfd.readouterr().err
+    monkeypatch.setattr(report, "PROGRESS_S", 600.0)
+    report.write_run_report(str(copy))
+    assert capfd.readouterr().err == ""
+
+
+def test_half_a_run_renders(tmp_path):
+    trained(tmp_path, "tokenizer", [50])
+    assert "after 50 updates" in Page(render(report.report_of_run(str(tmp_path)))).text
