@@ -287,16 +287,11 @@ class Fetcher:
         room, kept = _Room(), 0
         try:
             self._take_room(room, self._piece if whole is None else whole, clock, watch, is_whole=whole is not None)
-            # One growing buffer: a list of chunks leaves 64 threads' worth of freed pieces in the allocator.
-            body, wire = bytearray(), 0
-            while chunk := response.read1(READ_SIZE):
-                wire += len(chunk)
-                for piece in [chunk] if inflater is None else _inflated(inflater, chunk):
-                    if len(body) + len(piece) > limit:
-                        raise _No(Reason.TOO_LARGE, "", status)
-                    while len(body) + len(piece) > room.held:
-                        self._take_room(room, min(self._piece, limit - room.held), clock, watch, is_whole=False)
-                    body += piece
+            if whole is not None:  # one allocation and no copy
+                body: bytes | bytearray = response.read(whole)
+                wire = len(body)
+            else:
+                body, wire = self._read_growing(response, inflater, room, clock, watch)
             if watch.expired:
                 raise _No(Reason.TIMEOUT, "body", status)
             if (declared is not None and wire < declared) or (inflater is not None and wire and not inflater.eof):
@@ -312,6 +307,22 @@ class Fetcher:
             self._budget.keep(room, kept)
         content_type = response.getheader("Content-Type", "").partition(";")[0].strip().lower()[:100]
         return Fetched(bytes(body), target.url, status, content_type, lambda: self._budget.keep(room, 0))
+
+    def _read_growing(
+        self, response: HTTPResponse, inflater: zlib._Decompress | None, room: _Room, clock: _Clock, watch: _Watch
+    ) -> tuple[bytearray, int]:
+        """A body of unknown length, and the bytes that came over the wire for it."""
+        # One growing buffer: a list of chunks leaves 64 threads' worth of freed pieces in the allocator.
+        body, wire, limit = bytearray(), 0, self.settings.max_bytes
+        while chunk := response.read1(READ_SIZE):
+            wire += len(chunk)
+            for piece in [chunk] if inflater is None else _inflated(inflater, chunk):
+                if len(body) + len(piece) > limit:
+                    raise _No(Reason.TOO_LARGE, "", response.status)
+                while len(body) + len(piece) > room.held:
+                    self._take_room(room, min(self._piece, limit - room.held), clock, watch, is_whole=False)
+                body += piece
+        return body, wire
 
     def _take_room(self, room: _Room, n: int, clock: _Clock, watch: _Watch, *, is_whole: bool) -> None:
         if watch.expired:

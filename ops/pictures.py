@@ -319,8 +319,17 @@ def resize_short_side(pixels: Pixels, px: int) -> Pixels:
     short = min(height, width)
     if short <= px:
         return pixels
-    size = (round(width * px / short), round(height * px / short))
-    return _as_pixels(quiet_cv2().resize(pixels, size, interpolation=quiet_cv2().INTER_AREA))
+    return _shrink(pixels, (round(width * px / short), round(height * px / short)))
+
+
+def _shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Area averaging to (width, height), neither larger than the picture's: the bytes of cv2's INTER_AREA."""
+    cv2, (width, height) = quiet_cv2(), size
+    has_way_for_bytes = pixels.shape[1] % width == 0 and pixels.shape[0] % height == 0
+    if has_way_for_bytes or pixels.size > 12 << 20:  # floats would be four times as much memory
+        return _as_pixels(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
+    # Elsewhere cv2 turns byte by byte into floats and adds them up; given the floats it does the same a quarter faster.
+    return _as_pixels(cv2.convertScaleAbs(cv2.resize(pixels.astype(np.float32), size, interpolation=cv2.INTER_AREA)))
 
 
 def dhash(pixels: Pixels) -> str:
@@ -378,6 +387,6 @@ def _square(pixels: Pixels, x: int, y: int, side: int, size: int) -> Pixels:
     square = pixels[y : y + side, x : x + side]
     if side == size:
         return square
-    cv2 = quiet_cv2()
-    interpolation = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
-    return _as_pixels(cv2.resize(square, (size, size), interpolation=interpolation))
+    if side > size:
+        return _shrink(square, (size, size))
+    return _as_pixels(quiet_cv2().resize(square, (size, size), interpolation=quiet_cv2().INTER_LINEAR))

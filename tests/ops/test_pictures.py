@@ -286,6 +286,15 @@ def test_stored_pictures_keep_their_aspect_and_are_never_enlarged(size: tuple[in
     assert resize_short_side(np.zeros((*size, 3), np.uint8), 384).shape[:2] == want
 
 
+@pytest.mark.parametrize(
+    "size", [(480, 640), (683, 1024), (257, 300), (512, 768), (768, 768), (1024, 600), (2300, 2000)], ids=str
+)
+def test_a_resized_picture_has_the_bytes_of_cv2s_area_averaging(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
+    small = resize_short_side(pixels, 256)
+    assert (small == cv2.resize(pixels, small.shape[1::-1], interpolation=cv2.INTER_AREA)).all()
+
+
 def test_storing_and_reading_back_is_a_round_trip_with_equal_bytes() -> None:
     pixels = demo_web.draw(9)
     data = encode_jpeg(pixels, 90)
