@@ -2,17 +2,10 @@
 
     make bench STAGE=sample
 
-Both sides draw the same codes from the same numbers and take turns in one run. Last line: one JSON object whose
-`ratios` are above 1 where the cache is faster.
+Both sides draw the same codes from the same numbers, in one process and one thread.
 """
 
 from __future__ import annotations
-
-import json
-import os
-import platform
-import statistics
-import time
 
 import torch
 from torch import Tensor
@@ -21,8 +14,8 @@ from models.sampling import SampleSettings, draw, sample
 from models.text import empty_caption
 from models.transformer import Transformer
 from pipelines.settings import resolve
+from tests.bench.harness import ROUNDS, alternate, cpu_s, device, measured, print_last_line, print_table
 
-ROUNDS = 5
 PICTURES = 64
 
 
@@ -48,25 +41,19 @@ def main() -> None:
             for s in seeds
         ]
     )
-    cpu: dict[str, list[float]] = {"cache": [], "full": []}
-    for _ in range(ROUNDS):
-        started = time.process_time()
-        cached_BN = sample(model, text_BT, SampleSettings(), seeds)
-        cpu["cache"].append(time.process_time() - started)
-        started = time.process_time()
-        full_BN = sample_without_cache(model, text_BT, uniform_BN)
-        cpu["full"].append(time.process_time() - started)
-        assert (cached_BN == full_BN).double().mean() > 0.99, "the two sides draw different pictures"
-    medians = {side: statistics.median(values) for side, values in cpu.items()}
-    print(f"{PICTURES} pictures of {settings.image_positions} codes, 1 thread, median of {ROUNDS} alternating rounds")
-    for side, value in medians.items():
-        print(f"{side:<8}{1000 * value / PICTURES:8.2f} CPU-ms a picture")
-    device = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(
-        json.dumps(
-            {"stage": "sample", "device": device, "ratios": {"full_forward": medians["full"] / medians["cache"]}}
-        )
+    where = device("torch")
+    print(where)
+    turns = alternate(
+        {
+            "cache": lambda: measured(sample, model, text_BT, SampleSettings(), seeds),
+            "full": lambda: measured(sample_without_cache, model, text_BT, uniform_BN),
+        }
     )
+    for cached, full in zip(turns["cache"], turns["full"], strict=True):
+        assert (cached.made == full.made).double().mean() > 0.99, "the two sides draw different pictures"
+    print(f"{PICTURES} pictures of {settings.image_positions} codes, 1 thread, medians of {ROUNDS} alternating rounds")
+    print_table(turns, PICTURES, "picture")
+    print_last_line("sample", where, {"full_forward": cpu_s(turns["full"]) / cpu_s(turns["cache"])})
 
 
 if __name__ == "__main__":
