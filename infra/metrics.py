@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 Cost = dict[str, float]
 """{"wall": seconds, "cpu": seconds}"""
+
+Tell = Callable[[str, int, int | None], None]
+"""How long work says how far it is: (what is counted, how many are done, of how many or None)."""
+
+
+def untold(what: str, done: int, total: int | None) -> None:
+    """The `Tell` of those whom nobody listens to."""
+
 
 LOOK_S = 0.5
 """How often descendants are looked at: what one used after the last look is lost when it ends."""

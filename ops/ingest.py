@@ -52,7 +52,7 @@ from ops.shards import (
     write_table,
     write_tar,
 )
-from ops.waves import ShardOutcome, drive, on_ray
+from ops.waves import ShardOutcome, Tick, drive, on_ray
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,9 +161,11 @@ def rerun_tasks(
     ]
 
 
-def ingest(location: str, tasks: Sequence[IngestTask], window: int | None = None) -> Iterator[ShardOutcome]:
+def ingest(
+    location: str, tasks: Sequence[IngestTask], window: int | None = None, tick: Tick = lambda in_flight: None
+) -> Iterator[ShardOutcome]:
     """Runs tasks of `pending_tasks` or `rerun_tasks` on the connected Ray; one outcome each, in the order of ends."""
-    return drive(tasks, on_ray(ingest_shard, "ingest"), open_store(location), "pairs", window)
+    return drive(tasks, on_ray(ingest_shard, "ingest"), open_store(location), "pairs", window, tick)
 
 
 def ingest_shard(task: IngestTask) -> ShardOutcome:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings_dataclass
 
+from infra.metrics import Tell, untold
 from infra.store import Store
 from ops.errors import BadList, DamagedArtifact, StorageError
 from ops.filters import FilterSettings, judge_caption
@@ -173,7 +174,12 @@ def read_work_order(store: Store, work_order: WorkOrder) -> pa.Table:
 
 
 def extend_plan(
-    store: Store, lists: Sequence[str], settings: PlanSettings, filters: FilterSettings, columns: Columns
+    store: Store,
+    lists: Sequence[str],
+    settings: PlanSettings,
+    filters: FilterSettings,
+    columns: Columns,
+    tell: Tell = untold,
 ) -> Extension:
     """Plans the lists (files or folders) that are not planned yet, as one new instalment.
 
@@ -201,7 +207,7 @@ def extend_plan(
         if not todo:
             return extension
         with scratch_directory() as scratch:
-            new = _plan(store, todo, instalments, settings, filters, columns, scratch)
+            new = _plan(store, todo, instalments, settings, filters, columns, scratch, tell)
         if new is not None:
             return Extension(new, (*instalments, new), extension.skipped, extension.changed, extension.passed_over)
         # Another planner took our number: what it planned is covered now, the rest is planned again.
@@ -215,29 +221,33 @@ def _plan(
     filters: FilterSettings,
     columns: Columns,
     scratch: Path,
+    tell: Tell,
 ) -> Instalment | None:
     """One instalment, or None if another planner was first."""
     size = sum(bytes * (6 if path.path.suffix in (".gz", ".parquet") else 1) for path, bytes, _ in todo.values())
     runs = _Runs(scratch, buckets=min(1024, 1 + size // BUCKET_BYTES))
     planned: list[ListFile] = []
+    read = 0
     # In the order of digests: names and the order of the command line decide nothing.
     for index, (digest, (path, bytes, mark)) in enumerate(sorted(todo.items())):
         count = 0
         for rows in read_rows(path, columns, caption_required=filters.caption_required, scratch=scratch):
             count += len(rows.urls)
+            read += len(rows.urls)
+            tell("rows read", read, None)
             runs.add(_placed(_judged(rows, settings, filters), index, rows.lines), path.label)
         if stamp(path.path) != mark:
             raise BadList(path.label, None, "was changed while it was read")
         planned.append(ListFile(digest, path.label, count, bytes))
     runs.flush()
     first_shard = sum(len(instalment.work_orders) for instalment in instalments)
-    work_orders = tuple(
-        _publish(store, table, shard, settings, scratch)
-        for shard, table in enumerate(_cut(runs.sorted(), settings.pairs_per_shard), first_shard)
-    )
+    work_orders: list[WorkOrder] = []
+    for shard, table in enumerate(_cut(runs.sorted(), settings.pairs_per_shard), first_shard):
+        work_orders.append(_publish(store, table, shard, settings, scratch))
+        tell("shards planned", len(work_orders), -(-read // settings.pairs_per_shard))
     number = len(instalments)
     previous = sha256(store.read(_instalment_key(number - 1))) if number else None
-    instalment = Instalment(number, tuple(planned), first_shard, work_orders, previous)
+    instalment = Instalment(number, tuple(planned), first_shard, tuple(work_orders), previous)
     there = {entry.key for entry in store.list(PLAN)}
     if missing := [order.key for order in work_orders if order.key not in there]:
         raise StorageError(f"{store.location}/{missing[0]} was removed while the plan was made.", "Run it again.")

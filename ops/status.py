@@ -1,42 +1,188 @@
-"""How far PAIRS is: shards by state, pairs by reason, attempts that are alive, rates. One read of what lies on disk.
+"""How far a stage or a run is: shards by state, pairs by reason, steps of a training, who is alive, rates, time left.
 
-What is committed comes from receipts; what goes on, was deferred or failed comes from attempt records, which are for
-people. May not live here: printing (pipelines/cli.py), and proofs (ops/verify.py).
+What is committed comes from receipts and checkpoints; what goes on, was deferred or failed comes from attempt records
+and run records, which are for people. A `Memory` makes looking again cheap: what can't have changed is not read twice.
+May not live here: printing (pipelines/show.py, pipelines/watch.py), and proofs (ops/verify.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
-from infra.store import Store
+from infra.store import Store, join, open_store
 from ops.attempts import ALIVE_S, AttemptName, list_attempts, read_attempt
 from ops.errors import UsageError
-from ops.plan import read_instalments
-from ops.shards import read_receipts
+from ops.plan import INSTALMENT, PLAN, Instalment, read_instalments
+from ops.recipes import RECIPE, read_json
+from ops.run_record import ALIVE_S as TRAINING_ALIVE_S
+from ops.run_record import read_run
+from ops.shards import Receipt, committed_generations, read_receipt
+from ops.snapshot import source_fingerprint
+from ops.trained import latest_checkpoint, read_metrics
 
+STAGES = ("pairs", "tokenizer", "tokens", "model")
+"""The directories of a run, in the order of the work."""
 RATE_S = 600.0
 """Rates are taken over attempts that ended in the last ten minutes."""
 UNFINISHED = 200
 """At most so many unfinished shards are listed."""
 
 
-def status(store: Store, *, alive_s: float = ALIVE_S) -> dict[str, Any]:
-    """The state of PAIRS as plain JSON values.
+@dataclass
+class Memory:
+    """What earlier looks have read and nobody rewrites: receipts, instalments, attempt records of the same time."""
+
+    receipts: dict[tuple[str, int, int], Receipt] = field(default_factory=dict)
+    instalments: dict[str, tuple[int, list[Instalment]]] = field(default_factory=dict)
+    attempts: dict[tuple[str, str], tuple[float, dict[str, Any]]] = field(default_factory=dict)
+    evaluations: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+
+    def read_receipts(self, store: Store) -> dict[int, Receipt]:
+        """Shard -> its receipt of the highest generation: one listing, and a read for each that is new."""
+        committed = committed_generations(store)
+        new = [at for at in committed.items() if (store.location, *at) not in self.receipts]
+        if new:
+            with ThreadPoolExecutor(16) as pool:
+                for receipt in pool.map(lambda at: read_receipt(store, *at), new):
+                    self.receipts[store.location, receipt.shard, receipt.generation] = receipt
+        return {shard: self.receipts[store.location, shard, committed[shard]] for shard in sorted(committed)}
+
+    def read_instalments(self, store: Store) -> list[Instalment]:
+        """The plan; read again only when it has grown."""
+        parts = sum(1 for entry in store.list(f"{PLAN}part-") if INSTALMENT.fullmatch(entry.key))
+        known = self.instalments.get(store.location)
+        if known is None or known[0] != parts:
+            known = self.instalments[store.location] = parts, read_instalments(store)
+        return known[1]
+
+    def read_attempt(self, store: Store, name: AttemptName) -> dict[str, Any] | None:
+        """One record; None if it was swept meanwhile."""
+        at = (store.location, name.entry.key)
+        if at not in self.attempts or self.attempts[at][0] != name.entry.modified_s:
+            try:
+                self.attempts[at] = name.entry.modified_s, read_attempt(store, name)
+            except FileNotFoundError:
+                return None
+        return self.attempts[at][1]
+
+    def last_evaluation(self, store: Store, step: int) -> dict[str, Any]:
+        """The last evaluation up to the checkpoint at `step`; empty if there is none."""
+        at = (store.location, step)
+        if at not in self.evaluations:
+            found = [row for row in read_metrics(store) if row["kind"] == "evaluation"]
+            self.evaluations[at] = found[-1] if found else {}
+        return self.evaluations[at]
+
+
+def status(store: Store, memory: Memory | None = None) -> dict[str, Any]:
+    """The state of PAIRS, TOKENS, a trained stage or a RUN as plain JSON values; `stage` says which of them it is.
+
+    A run holds `stages`: name -> the state of each that was begun. Raises UsageError for a place that is none of them.
+    """
+    memory = memory or Memory()
+    if store.stat(RECIPE) is None:
+        parts = {name: open_store(join(store.location, name)) for name in STAGES}
+        stages = {name: status(part, memory) for name, part in parts.items() if part.stat(RECIPE) is not None}
+        if stages:
+            return {"stage": "run", "location": store.location, "stages": stages}
+        if not memory.read_instalments(store):
+            what = f"{store.location}: nothing is planned here."
+            raise UsageError(what, "`armchair ingest LIST --into DIR` begins it.")
+        return _of_pairs(store, memory)
+    stage = read_json(store, RECIPE)["stage"]
+    if stage == "pairs":
+        return _of_pairs(store, memory)
+    if stage == "tokens":
+        return _of_tokens(store, memory)
+    return _of_training(store, memory)
+
+
+def _of_pairs(store: Store, memory: Memory) -> dict[str, Any]:
+    """The state of PAIRS.
 
     `shards`: planned = committed + running + deferred + failed + interrupted + untried, each shard once: one without a
-    receipt is running if an attempt gave a sign of life in the last `alive_s` seconds, else it is what its last
+    receipt is running if an attempt gave a sign of life in the last minute, else it is what its last
     attempt ended as; interrupted means that its command was killed or cancelled. `pairs`: planned in all, `kept` and
     `rejected` in committed shards. `alive`: attempts under way, reruns included. `unfinished`: the deferred, failed
-    and interrupted, with the reason.
-    Raises UsageError where nothing is planned.
+    and interrupted, with the reason. `seconds_left` is None while nothing is under way.
     """
-    instalments = read_instalments(store)
-    if not instalments:
-        raise UsageError(f"{store.location}: nothing is planned here.", "`armchair ingest LIST --into DIR` begins it.")
-    orders = {order.shard: order for instalment in instalments for order in instalment.work_orders}
-    receipts = read_receipts(store)
-    now_s = store.clock_s()
+    instalments = memory.read_instalments(store)
+    receipts = memory.read_receipts(store)
+    rows = {shard: receipt.rows for shard, receipt in receipts.items()}
+    rows |= {order.shard: order.rows for instalment in instalments for order in instalment.work_orders}
+    told = {"stage": "pairs", "location": store.location, "instalments": len(instalments)}
+    return told | _sharded(store, memory, rows.keys(), receipts, frozenset(), rows)
+
+
+def _of_tokens(store: Store, memory: Memory) -> dict[str, Any]:
+    """The state of TOKENS, in the words of `_of_pairs`; a pair is a picture that was kept.
+
+    What is planned are the shards of the PAIRS they are made from, where these lie beside it (as in a run); elsewhere
+    `planned` are the shards that were tried. A shard is `stale` when its pair shard has a later generation.
+    """
+    receipts = memory.read_receipts(store)
+    pairs = _pairs_beside(store)
+    sources = memory.read_receipts(pairs) if pairs else {}
+    tried = {name.shard for name in list_attempts(store)}
+    stale = {n for n, source in sources.items() if n in receipts and receipts[n].made_from["pairs"] != source.digest}
+    rows = {shard: source.kept for shard, source in sources.items()}
+    told = {"stage": "tokens", "location": store.location, "of": pairs.location if pairs else None}
+    return told | _sharded(store, memory, rows.keys() | receipts.keys() | tried, receipts, stale, rows)
+
+
+def _pairs_beside(store: Store) -> Store | None:
+    """The PAIRS in the directory beside TOKENS, if the tokens were made from them."""
+    parent = store.location.rstrip("/").rpartition("/")[0]
+    pairs = open_store(join(parent, "pairs") if parent else "pairs")
+    if pairs.stat(RECIPE) is None or source_fingerprint(pairs) != read_json(store, RECIPE)["inputs"]["pairs"]:
+        return None
+    return pairs
+
+
+def _of_training(store: Store, memory: Memory) -> dict[str, Any]:
+    """The state of a trained stage: what its run record and its last checkpoint say.
+
+    `state` is running, done, stopped, diverged or failed; `running` without a sign of life for a minute is
+    `interrupted`; `untried` has no run record. `step` is where it is, `checkpoint` the step that a resume starts from.
+    """
+    recipe, record, latest = read_json(store, RECIPE), read_run(store), latest_checkpoint(store)
+    steps = recipe["identity"][f"{recipe['stage']}_training"]["steps"]
+    checkpoint = latest.step if latest else None
+    told: dict[str, Any] = {"stage": recipe["stage"], "location": store.location, "state": "untried", "steps": steps}
+    told |= {"step": checkpoint or 0, "checkpoint": checkpoint, "digest": latest.digest if latest else None}
+    told |= {"evaluation": memory.last_evaluation(store, latest.step) if latest else {}}
+    if record is not None:
+        state = record["state"]
+        if state == "running" and record["age_s"] > TRAINING_ALIVE_S:
+            state = "interrupted"
+        told |= {"state": state, "alive": state == "running", "silent_s": round(record["age_s"], 1)}
+        told |= {name: record[name] for name in ("host", "pid", "loss") if name in record}
+        if told["alive"]:
+            told |= {name: record[name] for name in ("step", "steps_per_s", "seconds_left") if name in record}
+    if checkpoint is not None and checkpoint >= steps:
+        told["state"] = "done"
+    return told
+
+
+def _sharded(
+    store: Store,
+    memory: Memory,
+    planned: Iterable[int],
+    receipts: dict[int, Receipt],
+    stale: AbstractSet[int],
+    rows: dict[int, int],
+) -> dict[str, Any]:
+    """What `_of_pairs` and `_of_tokens` have in common; `rows` is what each shard has, where it is known.
+
+    A shard whose receipt is `stale` counts as one that has none.
+    """
+    shards, now_s = set(planned), store.clock_s()
+    current = {shard: receipt for shard, receipt in receipts.items() if shard not in stale}
     last: dict[tuple[int, int], AttemptName] = {}
     attempts: Counter[tuple[int, int]] = Counter()
     recent: list[AttemptName] = []
@@ -49,48 +195,54 @@ def status(store: Store, *, alive_s: float = ALIVE_S) -> dict[str, Any]:
             attempts[at] += 1
             if at not in last or last[at].entry.modified_s <= name.entry.modified_s:
                 last[at] = name
-    states = Counter(committed=sum(shard in receipts for shard in orders))
+    states = Counter(committed=sum(shard in current for shard in shards))
     alive: list[dict[str, Any]] = []
     unfinished: list[dict[str, Any]] = []
     for (shard, generation), name in sorted(last.items()):
-        record = read_attempt(store, name)
+        record = memory.read_attempt(store, name)
+        if record is None:
+            continue
         state = record["state"]
         silent_s = now_s - name.entry.modified_s
-        if state == "running" and silent_s <= alive_s:
-            alive.append({**_told(record), "rows_done": record["rows_done"], "silent_s": round(silent_s, 1)})
+        if state == "running" and silent_s <= ALIVE_S:
+            row = {"rows_done": record["rows_done"], "rows": rows.get(shard), "silent_s": round(silent_s, 1)}
+            alive.append({**_told(record), **row})
         elif state == "running":
             state = "interrupted"
         elif state == "died":
             state = "failed"
         elif state in ("committed", "already"):
             state = "untried"  # its receipt is gone: somebody deleted it to have the shard made again
-        if generation == 0:
+        if shard in shards and shard not in current:
             states[state] += 1
         if state in ("deferred", "failed", "interrupted") and len(unfinished) < UNFINISHED:
-            why = record.get("error", "")
+            why = " ".join(filter(None, (record.get("error"), record.get("text"))))
             if state == "deferred":
                 why = f"{record['transient']} of {record['asked']} rows failed for reasons that may pass"
             tries = attempts[shard, generation]
             unfinished.append({**_told(record), "state": state, "why": why, "attempts": tries})
     names = ("committed", "running", "deferred", "failed", "interrupted")
-    shards = {"planned": len(orders)} | {state: states[state] for state in names}
-    shards["untried"] = len(orders) - sum(states[state] for state in names)
+    counted = {"planned": len(shards)} | {state: states[state] for state in names}
+    counted["untried"] = len(shards) - sum(states[state] for state in names)
     rejected: Counter[str] = Counter()
-    for receipt in receipts.values():
-        rejected.update(receipt.rejected)
+    for receipt in current.values():
+        for reason, count in receipt.rejected.items():
+            rejected[reason] += count
+    rates = _rates(store, memory, recent, now_s)
+    left = sum(count for shard, count in rows.items() if shard not in current)
+    left -= sum(attempt["rows_done"] for attempt in alive if attempt["shard"] not in current)
     return {
-        "location": store.location,
-        "instalments": len(instalments),
-        "shards": shards,
+        "shards": counted,
         "pairs": {
-            "planned": sum(order.rows for order in orders.values()),
-            "kept": sum(receipt.kept for receipt in receipts.values()),
+            "planned": sum(rows.values()),
+            "kept": sum(receipt.kept for receipt in current.values()),
             "rejected": dict(sorted(rejected.items())),
         },
-        "bytes": sum(ref.bytes for receipt in receipts.values() for ref in receipt.files.values()),
+        "bytes": sum(ref.bytes for receipt in current.values() for ref in receipt.files.values()),
         "alive": alive,
         "unfinished": unfinished,
-        "rates": _rates(store, recent, now_s),
+        "rates": rates,
+        "seconds_left": round(left / rates["pairs_per_s"]) if alive and rates["pairs_per_s"] and left > 0 else None,
     }
 
 
@@ -98,14 +250,20 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in ("shard", "generation", "run", "host", "pid", "started")}
 
 
-def _rates(store: Store, recent: list[AttemptName], now_s: float) -> dict[str, float]:
-    """Pairs and shards a second of attempts that ended in the last ten minutes, over the time they span."""
+def _rates(store: Store, memory: Memory, recent: list[AttemptName], now_s: float) -> dict[str, float]:
+    """Pairs and shards a second of attempts that ended, or go on, in the last ten minutes, over the time they span."""
     rows, shards, first_s = 0, 0, now_s
     for name in recent:
-        record = read_attempt(store, name)
-        if record["state"] in ("committed", "deferred"):
+        record = memory.read_attempt(store, name)
+        if record is None or record["state"] not in ("committed", "deferred", "running"):
+            continue
+        if record["state"] != "running":
             shards += 1
             rows += record["rows"]
-            first_s = min(first_s, name.entry.modified_s - record["seconds"])
+        elif now_s - name.entry.modified_s <= ALIVE_S:
+            rows += record["rows_done"]
+        else:
+            continue
+        first_s = min(first_s, name.entry.modified_s - record["seconds"])
     span_s = max(now_s - first_s, 1e-3)
     return {"pairs_per_s": round(rows / span_s, 2), "shards_per_s": round(shards / span_s, 4)}

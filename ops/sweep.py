@@ -6,12 +6,13 @@ does not commit (ops/shards.py), and a commit makes its files young. May not liv
 
 from __future__ import annotations
 
+from infra.metrics import Tell, untold
 from infra.store import Store
 from ops.plan import read_instalments
 from ops.shards import GRACE_S, list_receipts
 
 
-def sweep(store: Store, *, grace_s: float = GRACE_S, superseded: bool = False) -> list[str]:
+def sweep(store: Store, *, grace_s: float = GRACE_S, superseded: bool = False, tell: Tell = untold) -> list[str]:
     """Removes files older than `grace_s` (by the store's clock) that no receipt and no instalment names.
 
     With `superseded` also the generations below the highest, if that one is older than the grace: models that pinned
@@ -35,7 +36,8 @@ def sweep(store: Store, *, grace_s: float = GRACE_S, superseded: bool = False) -
             removed.append(receipt.key)
         else:
             named.update(ref.key for ref in receipt.files.values())
-    for entry in [*unnamed, *leftovers]:
+    for looked_at, entry in enumerate([*unnamed, *leftovers], 1):
+        tell("old files", looked_at, len(unnamed) + len(leftovers))
         now = store.stat(entry.key)
         if entry.key not in named and now and now.modified_s < old_s:  # perhaps a commit made it young meanwhile
             store.delete(entry.key)

@@ -40,7 +40,7 @@ from ops.shards import (
 )
 from ops.snapshot import source_fingerprint
 from ops.trained import check_finished, freeze_tokenizer, load_tokenizer, tokenizer_digest
-from ops.waves import ShardOutcome, drive, on_ray
+from ops.waves import ShardOutcome, Tick, drive, on_ray
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -118,9 +118,11 @@ def pending_tasks(pairs: str, tokens: str, settings: TokensSettings) -> list[Tok
     return tasks
 
 
-def tokenize(tokens: str, tasks: Sequence[TokenizeTask], window: int | None = None) -> Iterator[ShardOutcome]:
+def tokenize(
+    tokens: str, tasks: Sequence[TokenizeTask], window: int | None = None, tick: Tick = lambda in_flight: None
+) -> Iterator[ShardOutcome]:
     """Runs tasks of `pending_tasks` on the connected Ray; one outcome each, in the order of their ends."""
-    return drive(tasks, on_ray(tokenize_shard, "tokenize"), open_store(tokens), "tokens", window)
+    return drive(tasks, on_ray(tokenize_shard, "tokenize"), open_store(tokens), "tokens", window, tick)
 
 
 def tokenize_shard(task: TokenizeTask) -> ShardOutcome:
@@ -141,7 +143,7 @@ def tokenize_shard(task: TokenizeTask) -> ShardOutcome:
         for extension, ref in pairs.files.items():
             download(source, ref, scratch / extension)
         rows = _kept_rows(scratch / "parquet")
-        crops, codes = _codes_of_shard(task, rows, scratch / "tar", _earlier(store, task))
+        crops, codes = _codes_of_shard(task, rows, scratch / "tar", _earlier(store, task), attempt)
         row_groups = _write(scratch / "codes.parquet", rows, crops, codes)
         receipt = Receipt(
             "tokens",
@@ -198,7 +200,7 @@ def _matrix(column: pa.ChunkedArray, rows: int) -> Codes:
 
 
 def _codes_of_shard(
-    task: TokenizeTask, rows: pa.Table, tar: Path, earlier: Earlier
+    task: TokenizeTask, rows: pa.Table, tar: Path, earlier: Earlier, attempt: Attempt
 ) -> tuple[list[list[Crop]], list[Codes]]:
     """For each k: the crops of all rows, and their codes [rows, N] (uint16)."""
     dvae = _tokenizer(task.tokens, task.tokenizer)
@@ -217,6 +219,7 @@ def _codes_of_shard(
 
     with tar.open("rb") as file:
         for row, (uid, (offset, size)) in enumerate(zip(uids, places, strict=True)):
+            attempt.rows_done = row
             if all((uid, k) in earlier for k in range(settings.crops)):
                 for k in range(settings.crops):
                     crops[k][row], codes[k][row] = earlier[uid, k]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infra.metrics import Tell, untold
 from infra.store import Store
 from ops.errors import DamagedArtifact, UsageError
 from ops.plan import Instalment, WorkOrder, read_instalments, read_work_order
@@ -44,7 +45,7 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(store: Store, *, deep: bool = False) -> VerifyReport:
+def verify(store: Store, *, deep: bool = False, tell: Tell = untold) -> VerifyReport:
     """Checks a directory of pair shards or of token shards. Raises UnknownFormat for one of a later version.
 
     Raises UsageError where there is neither a plan nor a shard: no promise was looked at.
@@ -60,7 +61,7 @@ def verify(store: Store, *, deep: bool = False) -> VerifyReport:
     committed = committed_generations(store)
     if plan_is_whole and not instalments and not committed:
         raise UsageError(f"{store.location}: there is nothing to verify.", "Name a directory of pairs or tokens.")
-    pairs, shards = 0, 0
+    pairs, shards, bytes = 0, 0, 0
     for shard, generation in sorted(committed.items()):
         try:
             receipt = read_receipt(store, shard, generation)
@@ -69,12 +70,16 @@ def verify(store: Store, *, deep: bool = False) -> VerifyReport:
             continue
         pairs += receipt.rows
         shards += 1
+        bytes += sum(ref.bytes for ref in receipt.files.values()) if deep else 0
         found = list(_check_receipt(store, receipt, shard, generation))
         if receipt.stage == "pairs" and plan_is_whole:
             found += _check_plan(receipt, orders.get(shard))
         if deep and not found:
             found = list(_check_bytes(store, receipt, orders.get(shard)))
         problems += [Problem(shard, what) for what in found]
+        tell("shards", shards, len(committed))
+        if deep:
+            tell("bytes", bytes, None)
     return VerifyReport(pairs, shards, tuple(problems))
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from infra.store import Store
-from ops.attempts import record_death
+from ops.attempts import list_attempts, read_attempt, record_death
 
 RESUBMISSIONS = 2
 """How often the driver gives a shard to another worker after its worker died (INGEST.md §6)."""
@@ -54,6 +54,9 @@ class ShardOutcome:
 
 
 Task = TypeVar("Task", bound=ShardTask)
+Tick = Callable[[Sequence[ShardTask]], None]
+"""Is told the tasks in flight whenever no shard has ended for `TICK_S` seconds."""
+TICK_S = 10.0
 
 
 def on_ray(work: Callable[[Task], ShardOutcome], verb: str, cpus: float = 1, **options: Any) -> Callable[[Task], Any]:
@@ -87,10 +90,17 @@ def wave_size(cpus: int) -> int:
 
 
 def drive(
-    tasks: Iterable[Task], submit: Callable[[Task], Any], store: Store, stage: str, window: int | None = None
+    tasks: Iterable[Task],
+    submit: Callable[[Task], Any],
+    store: Store,
+    stage: str,
+    window: int | None = None,
+    tick: Tick = lambda in_flight: None,
+    tick_s: float = TICK_S,
 ) -> Iterator[ShardOutcome]:
     """Submits tasks and yields one outcome each, in the order of their ends; at most `window` (None: twice the
     cluster's CPUs, so that a worker never waits for the driver) are in flight. `store` is where attempts are recorded.
+    `tick` is called while shards take longer than `tick_s`.
 
     A consumer that stops early cancels what is in flight.
     """
@@ -112,7 +122,10 @@ def drive(
     try:
         fill()
         while in_flight:
-            ready, _ = ray.wait(list(in_flight), num_returns=1)
+            ready, _ = ray.wait(list(in_flight), num_returns=1, timeout=tick_s)
+            if not ready:
+                tick(list(in_flight.values()))
+                continue
             task = in_flight.pop(ready[0])
             died = deaths.get(task.shard, 0)
             try:
@@ -134,6 +147,23 @@ def drive(
         for ref in in_flight:
             with contextlib.suppress(RayError):
                 ray.cancel(ref)
+
+
+def rows_under_way(store: Store, tasks: Sequence[ShardTask]) -> int:
+    """Rows that the running attempts of these tasks have done, as of their last signs of life. One listing."""
+    wanted = {(task.shard, task.generation): task.run for task in tasks}
+    rows = 0
+    for name in list_attempts(store):
+        run = wanted.get((name.shard, name.generation))
+        if run is None:
+            continue
+        try:
+            record = read_attempt(store, name)
+        except FileNotFoundError:
+            continue  # swept meanwhile
+        if record["run"] == run and record["state"] == "running":
+            rows += record["rows_done"]
+    return rows
 
 
 def _failed(task: ShardTask, error: BaseException) -> ShardOutcome:

@@ -18,7 +18,8 @@ from ops.ingest import ingest as ingest_shards
 from ops.pictures import PictureSettings
 from ops.plan import Columns, Extension, PlanSettings, extend_plan
 from ops.recipes import RECIPE, read_json
-from ops.waves import cluster_cpus, wave_size
+from pipelines.artifacts import Board
+from pipelines.progress import Progress
 from pipelines.stages import begin_pairs
 from pipelines.waves import end_state, on_ray, run_in_waves
 
@@ -45,10 +46,11 @@ def ingest(
     for label in extension.passed_over:
         print(f"ingest      {label}: no list by its name; passed over", file=sys.stderr)
     tasks = pending_tasks(into, extension.instalments, fetch, picture, filters, outage, accept_partial=accept_partial)
-    with on_ray(cluster):
-        tally = run_in_waves("ingest", ingest_shards(into, tasks), len(tasks), wave_size(cluster_cpus()))
-    lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}
-    told: dict[str, Any] = end_state(into, tally, extension.changed, lists=lists_left)
+    with Board("ingest", into) as board, on_ray(cluster, board):
+        rows = sum(task.work_order.rows for task in tasks)
+        tally = run_in_waves("ingest", into, tasks, lambda tick: ingest_shards(into, tasks, tick=tick), board, rows)
+        lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}
+        told: dict[str, Any] = end_state("ingest", into, tally, board, extension.changed, lists=lists_left)
     return told
 
 
@@ -65,15 +67,16 @@ def rerun(
     recipe = read_json(open_store(pairs), RECIPE)["identity"]
     picture, filters = PictureSettings(**recipe["picture"]), FilterSettings(**recipe["filters"])
     tasks = rerun_tasks(pairs, fetch, picture, filters, outage, again=again, shards=shards)
-    with on_ray(cluster):
-        tally = run_in_waves("rerun", ingest_shards(pairs, tasks), len(tasks), wave_size(cluster_cpus()))
-    told: dict[str, Any] = end_state(pairs, tally)
+    with Board("rerun", pairs) as board, on_ray(cluster, board):
+        tally = run_in_waves("rerun", pairs, tasks, lambda tick: ingest_shards(pairs, tasks, tick=tick), board)
+        told: dict[str, Any] = end_state("rerun", pairs, tally, board)
     return told
 
 
 @task(name="plan", persist_result=False, cache_policy=NO_CACHE)
 def _plan(into: str, lists: list[str], settings: PlanSettings, filters: FilterSettings, columns: Columns) -> Extension:
-    return extend_plan(open_store(into), lists, settings, filters, columns)
+    with Progress("plan") as progress:
+        return extend_plan(open_store(into), lists, settings, filters, columns, progress.tell)
 
 
 def parse_shards(text: str) -> list[int]:

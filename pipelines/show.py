@@ -2,32 +2,152 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from ops.reasons import Reason, reason_class
+
+TOLD = (
+    "psnr_db",
+    "bits_per_dim",
+    "perplexity",
+    "used_fraction",
+    "text_nats_per_token",
+    "information_gain_nats_per_code",
+)
+"""Of an evaluation, what fits on a line; all of it is in metrics/."""
+REASONS = 12
+"""Lines of reasons, at most; the rest is summed."""
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(4.2), duration(95), duration(3 * 3600 + 120), duration(200_000)
+    ('4 s', '1:35 min', '3:02 h', '2.3 days')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600}:{whole // 60 % 60:02d} h"
+    return f"{whole / 86400:.1f} days"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them.
+
+    >>> size(900), size(1_250_000), size(37.5e9)
+    ('900 B', '1.2 MB', '37.5 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def show_status(told: dict[str, Any]) -> str:
-    """Lines for `armchair status`, from `ops.status.status`."""
+    """Lines for `armchair status`, from `ops.status.status`: of a stage, or of all stages of a run."""
+    if told["stage"] == "run":
+        return "\n\n".join(show_status(stage) for stage in told["stages"].values())
+    if told["stage"] == "nothing":
+        return str(told["text"])
+    rows = _training_rows(told) if "steps" in told else _sharded_rows(told)
+    return "\n".join([told["location"], *(f"{label:<11}{text}" for label, text in rows)])
+
+
+def _sharded_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     shards, pairs = told["shards"], told["pairs"]
-    states = ", ".join(f"{count} {state}" for state, count in shards.items() if count and state != "planned")
+    yield "shards", f"{shards['planned']} planned: {states_of(shards)}"
     done = pairs["kept"] + sum(pairs["rejected"].values())
-    lines = [
-        f"{told['location']}",
-        f"shards     {shards['planned']} planned: {states}",
-        f"pairs      {pairs['planned']} planned, {done} judged, {pairs['kept']} kept",
-        *(f"           {count:>8}  {reason}" for reason, count in sorted(pairs["rejected"].items(), key=_by_count)),
-        f"bytes      {told['bytes']:,}",
-    ]
-    if any(told["rates"].values()):
-        lines.append(f"rates      {told['rates']['pairs_per_s']} pairs/s over the last ten minutes")
+    yield "pairs", f"{pairs['planned']} planned, {done} judged, {pairs['kept']} kept"
+    for reason, kind, count in reasons_of(pairs["rejected"]):
+        yield "", f"{count:>8}  {reason:<20}{kind}"
+    yield "bytes", size(told["bytes"])
+    if line := pace_of(told):
+        yield "rates", line
     for attempt in told["alive"]:
-        place = f"{attempt['host']} (pid {attempt['pid']})"
-        lines.append(f"alive      shard {attempt['shard']} on {place}: {attempt['rows_done']} rows asked")
+        yield "alive", f"shard {attempt['shard']} on {place_of(attempt)}: {rows_of(attempt)} rows done"
     for attempt in told["unfinished"]:
         tries = f"{attempt['attempts']} attempts" if attempt["attempts"] != 1 else "1 attempt"
-        lines.append(f"unfinished shard {attempt['shard']} {attempt['state']} after {tries}: {attempt['why']}")
-    if told["unfinished"]:
-        lines.append("next       run the same ingest again: it does only what is missing")
-    return "\n".join(lines)
+        yield "unfinished", f"shard {attempt['shard']} {attempt['state']} after {tries}: {attempt['why']}".rstrip(": ")
+    if line := next_of(told):
+        yield "next", line
+
+
+def _training_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield (
+        "training",
+        f"{told['state']}, step {told['step']} of {told['steps']}"
+        + (f" on {place_of(told)}" if told.get("alive") else ""),
+    )
+    yield "checkpoint", "none yet" if told["checkpoint"] is None else f"step {told['checkpoint']}"
+    if told.get("loss") is not None:
+        yield "loss", f"{told['loss']:.4f}"
+    if line := pace_of(told):
+        yield "rates", line
+    if line := evaluation_of(told):
+        yield "evaluation", line
+    if line := next_of(told):
+        yield "next", line
+
+
+def states_of(shards: dict[str, int]) -> str:
+    """The states that there are, with their counts."""
+    return ", ".join(f"{count} {state}" for state, count in shards.items() if count and state != "planned") or "none"
+
+
+def reasons_of(rejected: dict[str, int]) -> list[tuple[str, str, int]]:
+    """(reason, its class, count), the largest first; more than `REASONS` are summed in the last one."""
+    found = sorted(rejected.items(), key=_by_count)
+    rows = [(reason, str(reason_class(Reason(reason))), count) for reason, count in found[:REASONS]]
+    if rest := found[REASONS:]:
+        rows.append((f"{len(rest)} other reasons", "", sum(count for _, count in rest)))
+    return rows
+
+
+def pace_of(told: dict[str, Any]) -> str:
+    """Rates and the time left of a stage; empty where nothing moves."""
+    left = f"{duration(told['seconds_left'])} left" if told.get("seconds_left") is not None else ""
+    if "steps" in told:
+        return "   ".join(filter(None, (f"{told['steps_per_s']:.3g} steps/s" if "steps_per_s" in told else "", left)))
+    rates = told["rates"]
+    if not any(rates.values()):
+        return ""
+    parts = (f"{rates['pairs_per_s']:,.4g} pairs/s", f"{rates['shards_per_s']:.3g} shards/s", left)
+    return "   ".join(filter(None, parts)) + "   (over the last ten minutes)"
+
+
+def place_of(told: dict[str, Any]) -> str:
+    """Host and process of somebody who works."""
+    return f"{told['host']} (pid {told['pid']}), sign of life {told['silent_s']:.0f} s ago"
+
+
+def rows_of(attempt: dict[str, Any]) -> str:
+    """Rows done, and of how many where that is known."""
+    return f"{attempt['rows_done']} of {attempt['rows']}" if attempt.get("rows") else str(attempt["rows_done"])
+
+
+def evaluation_of(told: dict[str, Any]) -> str:
+    """The numbers of the last evaluation."""
+    found = {name: value for name, value in told["evaluation"].items() if isinstance(value, (int, float))}
+    return ", ".join(f"{name} {found[name]:.4g}" for name in TOLD if name in found)
+
+
+def next_of(told: dict[str, Any]) -> str:
+    """What to do about what is not done; empty where there is nothing to do, or somebody does it."""
+    if told.get("alive"):
+        return ""
+    if "steps" not in told:
+        verb = "ingest" if told["stage"] == "pairs" else "tokenize"
+        left = told["unfinished"] or told["shards"]["untried"]
+        return f"run the same {verb} again: it does only what is missing" if left else ""
+    if told["state"] == "diverged":
+        return "lower the learning rate, with another --into"
+    return "" if told["state"] == "done" else "run the same command again: it goes on from the checkpoint"
 
 
 def _by_count(item: tuple[str, int]) -> int:
@@ -43,6 +163,127 @@ def show_proof(directory: str, ok: bool, pairs: int, problems: list[dict[str, An
     if len(problems) > 50:
         lines.append(f"  and {len(problems) - 50} more: --json lists them all")
     return "\n".join(lines)
+
+
+def show_why(told: dict[str, Any]) -> str:
+    """Lines for `armchair why`: one or two a station, for each pair that was found."""
+    lives = ["\n".join(f"{label:<13}{text}" for label, text in _life_rows(life)) for life in told["pairs"]]
+    if told["more"]:
+        lives.append(f"and {told['more']} more pairs with this URL: name one by its uid")
+    return "\n\n".join(lives)
+
+
+def _life_rows(life: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "pair", f"{life['uid']}  " + ("no caption" if life["caption"] is None else repr(life["caption"]))
+    if life["url"] is not None:
+        yield "", life["url"]
+    if life["pairs"] is None:
+        yield "pairs", "not among --in: its list line, attempts and picture are not known here"
+    else:
+        yield from _way_to_shard(life)
+        yield from _verdict(life)
+    if not life["codes"] and (life["pairs"] is None or life["picture"]):
+        yield "codes", "not known: no tokens are among --in"
+    for codes in life["codes"]:
+        yield from _code_rows(codes, life["pairs"] or "PAIRS")
+    for drop in life["drops"]:
+        yield "drops", f"taken down by {drop['stage']}/{drop['list']}"
+    if not life["drops"]:
+        yield "drops", "none"
+    for model in life["models"]:
+        yield model.get("stage", "model"), f"{model['location']}: {_model_text(model)}"
+    for number, path in enumerate(life["files"]):
+        yield "" if number else "pictures", path
+
+
+def _way_to_shard(life: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    line, shard, tries = life["list"], life["shard"], life["attempts"]
+    if line:
+        place = f"line {line['line']}" if "line" in line else f"row {line['row']}"
+        yield "list", f"{line['list']}, {place} (instalment {line['instalment']})"
+    else:
+        yield "list", "not recorded"
+    split = f"{life['split']}, weight {life['weight']:g}"
+    yield "shard", f"{shard['shard']}, row {shard['row']}, key {life['key']}, {split}: {life['pairs']}/{shard['file']}"
+    last = tries["last"]
+    text = f"{tries['count']}"
+    if last:
+        text += f"; the last {last['state']}, generation {last['generation']}, at {last['at']}"
+        text += f": {last['error']}" if "error" in last else ""
+    yield "attempts", text
+
+
+def _verdict(life: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The status of the row, and its picture."""
+    status, picture = life["status"], life["picture"]
+    if "problem" in status:
+        yield "status", status["problem"]
+    elif status["status"] is None:
+        planned = f"the plan rejects it, {status['planned']}" if status["planned"] else "not asked for yet"
+        yield "status", f"{planned}; its shard is not committed: run the same ingest again"
+    else:
+        parts = [f"{old['status']} in generation {old['generation']}, then" for old in status["before"]]
+        parts.append(f"{status['status']}{': ' + status['detail'] if 'detail' in status else ''}")
+        parts += [f"({status['class']})"] if "class" in status else []
+        parts.append(f"in generation {status['generation']}")
+        parts += [f"http {status['http_status']}"] if "http_status" in status else []
+        parts += [f"from {status['final_url']}"] if status.get("final_url", life["url"]) != life["url"] else []
+        yield "status", " ".join(parts)
+    for text in life["attempts"].get("traceback", "").splitlines()[1:]:
+        yield "", text
+    if picture is None:
+        yield "picture", "none"
+    elif "problem" in picture:
+        yield "picture", picture["problem"]
+    else:
+        sent, stored = picture["sent"], picture["stored"]
+        yield "picture", f"{picture['member']} at {picture['offset']:,} of {life['pairs']}/{picture['tar']}"
+        yield "", f"stored {stored['width']}x{stored['height']}, {stored['bytes']:,} bytes"
+        if sent["sha256"] is not None:
+            size_px = f"{sent['width']}x{sent['height']}"
+            yield "", f"sent {size_px}, {sent['bytes']:,} bytes, {sent['content_type']}, sha256 {sent['sha256']}"
+
+
+def _code_rows(codes: dict[str, Any], pairs: str) -> Iterator[tuple[str, str]]:
+    if "problem" in codes:
+        yield "codes", f"{codes['tokens']}: {codes['problem']}"
+        return
+    if codes["generation"] is None:
+        last = codes["attempts"]["last"]
+        tried = f"; the last attempt {last['state']} {last.get('error', '')}".rstrip() if last else ""
+        yield "codes", f"{codes['tokens']} has none yet{tried}. `armchair tokenize {pairs}` makes them"
+        return
+    made_from = ""
+    if "pairs_generation" in codes:
+        made_from = f" made from generation {codes['pairs_generation']}"
+        if codes["pairs_generation"] < codes["newest_pairs_generation"]:
+            made_from += f" (the newest is {codes['newest_pairs_generation']}: `armchair tokenize {pairs}` follows)"
+    yield "codes", f"{codes['tokens']}/{codes['file']}, generation {codes['generation']}{made_from}"
+    for crop in codes["crops"]:
+        box = f"the square of {crop['side']:.1f} px at ({crop['x']:.1f}, {crop['y']:.1f})"
+        yield "", f"crop {crop['k']}: {crop['codes']} codes of {box}"
+
+
+def _model_text(model: dict[str, Any]) -> str:
+    if "problem" in model:
+        return str(model["problem"])
+    saw = ""
+    if "generation" in model:
+        saw = f" generation {model['generation']} of the shard"
+        if model["newest_generation"] > model["generation"]:
+            saw += f" (the newest is {model['newest_generation']})"
+    if not model["included"]:
+        return f"not in its snapshot{', which holds' + saw if saw else ''}: {model['reason']}"
+    if model["split"] != "train":
+        return f"in its snapshot, of{saw}; held out, never trained on"
+    until = f"up to step {model['step']} ({model['epochs']:g} epochs)"
+    if model["drawn"] is None:
+        drawn = f"about once an epoch {until}"
+    else:
+        most = "at most " if model["dropped"] and model["drawn"] else ""
+        last = f", last in update {model['last_step']}" if model["last_step"] else ""
+        drawn = f"drawn {most}{model['drawn']} times {until}{last}"
+    return f"in its snapshot, of{saw}; train, weight {model['weight']:g}, {drawn}"
 
 
 def show_tally(into: str, told: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from prefect import flow
 from infra.cluster import Cluster
 from ops.tokenize import TokensSettings, pending_tasks, start_tokens
 from ops.tokenize import tokenize as tokenize_shards
-from ops.waves import cluster_cpus, wave_size
+from pipelines.artifacts import Board
 from pipelines.waves import end_state, on_ray, run_in_waves
 
 
@@ -24,7 +24,7 @@ def tokenize(
     """Encodes every pair shard whose latest receipt is not named by a token shard yet."""
     start_tokens(pairs, tokenizer, into, tokens)
     tasks = pending_tasks(pairs, into, tokens)
-    with on_ray(cluster):
-        tally = run_in_waves("tokenize", tokenize_shards(into, tasks), len(tasks), wave_size(cluster_cpus()))
-    told: dict[str, Any] = end_state(into, tally)
+    with Board("tokenize", into) as board, on_ray(cluster, board):
+        tally = run_in_waves("tokenize", into, tasks, lambda tick: tokenize_shards(into, tasks, tick=tick), board)
+        told: dict[str, Any] = end_state("tokenize", into, tally, board)
     return told

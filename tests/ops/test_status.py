@@ -1,20 +1,28 @@
-"""`status` counts each planned shard once, under what it is."""
+"""`status` counts each planned shard once, under what it is, and tells a stage, tokens, a training or a whole run."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from infra.store import LocalStore
+from infra.store import Entry, LocalStore
 from ops.attempts import ALIVE_S, Attempt
 from ops.demo_web import DemoWeb, serve
 from ops.errors import UsageError
-from ops.ingest import ingest_shard
-from ops.status import status
+from ops.filters import FilterSettings
+from ops.ingest import ingest_shard, start_pairs
+from ops.pictures import PictureSettings
+from ops.plan import PlanSettings
+from ops.run_record import Heartbeat, claim_run, end_run
+from ops.status import Memory, status
+from tests.ops.conftest import Learned
 from tests.pairs import generated, pending, plan, reruns
+from tests.small_runs import write_pair_shard
 
 
 @pytest.fixture
@@ -86,3 +94,89 @@ def test_a_rerun_that_was_killed_is_told_though_its_shard_is_committed(
 def test_status_of_a_place_without_a_plan_says_how_to_begin(store: LocalStore) -> None:
     with pytest.raises(UsageError, match="armchair ingest"):
         status(store)
+
+
+class CountingStore(LocalStore):
+    """A directory that counts what is read from it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: list[str] = []
+        self.listings: list[str] = []
+
+    def read(self, key: str) -> bytes:
+        self.reads.append(key)
+        return super().read(key)
+
+    def list(self, prefix: str = "", *, temporary: bool = False) -> Iterator[Entry]:
+        self.listings.append(prefix)
+        return super().list(prefix, temporary=temporary)
+
+
+def test_a_second_look_reads_only_the_receipts_that_are_new(store: LocalStore, tmp_path: Path, web: DemoWeb) -> None:
+    """At 25,000 receipts a look that read them all again would be the slowest part of a run on a bucket."""
+    plan(store, tmp_path / "list.tsv", generated(web.url, range(12)), pairs_per_shard=3)
+    first, *others = pending(store)
+    ingest_shard(first)
+    counting, memory = CountingStore(store.root), Memory()
+    assert status(counting, memory)["pairs"]["kept"] == 3
+    for task in others:
+        ingest_shard(task)
+    counting.reads.clear()
+    counting.listings.clear()
+    assert status(counting, memory) | {"rates": 0} == status(store) | {"rates": 0}
+    assert sorted(key for key in counting.reads if key.startswith("receipts/")) == sorted(
+        f"receipts/{task.shard:05d}.g0.json" for task in others
+    )
+    assert counting.listings.count("receipts/") == 1
+    counting.reads.clear()
+    status(counting, memory)
+    assert counting.reads == [], "nothing has changed"
+
+
+def test_a_run_tells_each_of_its_stages(learned: Learned) -> None:
+    told = status(LocalStore(learned.pairs.parent))
+    assert (told["stage"], list(told["stages"])) == ("run", ["pairs", "tokenizer", "tokens", "model"])
+    tokens, model = told["stages"]["tokens"], told["stages"]["model"]
+    assert tokens["shards"]["planned"] == tokens["shards"]["committed"] == 2
+    assert tokens["pairs"]["kept"] == tokens["pairs"]["planned"] == told["stages"]["pairs"]["pairs"]["kept"] == 64
+    assert (model["state"], model["step"], model["steps"], model["checkpoint"]) == ("done", 20, 20, 20)
+    assert model["evaluation"]["image_nats_per_code"]
+    json.dumps(told)
+
+
+def test_a_run_that_has_only_begun_is_told_too(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    start_pairs(LocalStore(tmp_path / "pairs"), PlanSettings(), FilterSettings(), PictureSettings())
+    assert status(store)["stages"]["pairs"]["shards"]["planned"] == 0
+
+
+def test_tokens_count_a_pair_shard_that_was_rerun_as_work_that_is_left(tmp_path: Path, learned: Learned) -> None:
+    shutil.copytree(learned.pairs, tmp_path / "pairs")
+    shutil.copytree(learned.tokens, tmp_path / "tokens")
+    write_pair_shard(tmp_path / "pairs", 1, list(range(100, 150)), generation=1)
+    told = status(LocalStore(tmp_path / "tokens"))
+    assert (told["shards"]["planned"], told["shards"]["committed"], told["shards"]["untried"]) == (2, 1, 1)
+    assert (told["pairs"]["planned"], told["pairs"]["kept"]) == (72, 32)
+    with Attempt(LocalStore(tmp_path / "tokens"), "tokens", 1, 1, "a run") as attempt:
+        told = status(LocalStore(tmp_path / "tokens"))
+        assert told["shards"]["running"] == 1
+        attempt.end("committed", rows=40)
+
+
+def test_a_training_is_told_by_its_run_record_and_its_last_checkpoint(tmp_path: Path, learned: Learned) -> None:
+    shutil.copytree(learned.tokenizer, tmp_path / "tokenizer")
+    store = LocalStore(tmp_path / "tokenizer")
+    store.delete("steps/0000020/receipt.json")  # as if it were under way
+    claim_run(store, "a run")
+    with Heartbeat(store, "a run") as heart:
+        heart.facts = {"step": 15, "steps": 20, "loss": 2.5, "steps_per_s": 3.0, "seconds_left": 1.7}
+        heart._look_and_put()
+        told = status(store)
+    assert (told["stage"], told["state"], told["alive"]) == ("tokenizer", "running", True)
+    assert (told["step"], told["checkpoint"], told["loss"], told["seconds_left"]) == (15, 10, 2.5, 1.7)
+    os.utime(store.root / "run.json", (1, 1))
+    told = status(store)
+    assert (told["state"], told["alive"], told["step"]) == ("interrupted", False, 10)
+    end_run(store, "a run", "diverged")
+    assert status(store)["state"] == "diverged"
