@@ -1,4 +1,4 @@
-"""The page: one file that asks for nothing from outside, and text of users that stays text."""
+"""The page: one file that asks for nothing from outside, text of users that stays text, and how a browser shows it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import io
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ops.charts import Chart
 from ops.funnel import Example, Host
 from ops.marks import Mark
+from ops.report import report_of_run
 from ops.report_page import (
     PICTURE_BYTES,
     Cause,
@@ -29,6 +31,7 @@ from ops.report_page import (
     write_report,
 )
 from ops.sheets import png
+from tests.browser import LOWEST_CONTRAST, opened, started_browser
 from tests.ops.page_parts import Page, dot
 
 
@@ -98,3 +101,65 @@ def test_the_funnel_adds_up_on_the_page():
     assert "planned 10 100 %" in text
     assert "judged kept, or left out for a reason 8 80.0 %" in text
     assert "timeout too slow 3 30.0 %" in text
+
+
+# --- in a real browser ---
+
+WIDTHS = (360, 1280)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with started_browser() as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=["a run", "long words"])
+def file(request, learned, tmp_path_factory):
+    """The report of a real run, and one whose every text is a word that fits on no line."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(
+        path, whole("long" * 60) if request.param == "long words" else report_of_run(str(learned.pairs.parent))
+    )
+    return path
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_browser_shows_the_page_whole_at_each_width_and_asks_for_nothing(browser, file, width):
+    with opened(browser, file, width) as page:
+        assert page.title()
+        pictures = page.evaluate("Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))")
+        assert len(pictures) > 4
+        assert min(pictures) > 0
+        assert page.evaluate("document.scrollingElement.scrollWidth") == width
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        assert page.evaluate("document.scrollingElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_from_what_is_behind_it(browser, file, scheme):
+    with opened(browser, file, scheme=scheme) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        ratio, text = page.evaluate(LOWEST_CONTRAST)
+        assert ratio >= 4.5, text
+
+
+def test_dark_and_light_have_different_paper(browser, file):
+    papers = []
+    for scheme in ("light", "dark"):
+        with opened(browser, file, scheme=scheme) as page:
+            papers.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert papers == ["rgb(250, 249, 246)", "rgb(21, 23, 26)"]
+
+
+def test_a_reason_opens_and_shows_its_examples_on_paper_too(browser, file):
+    with opened(browser, file, 360) as page:
+        first = page.locator(".funnel details").first
+        assert not first.locator("li").first.is_visible()
+        first.locator("summary").click()
+        assert first.locator("li").first.is_visible()
+        first.locator("summary").click()
+        assert not first.locator("li").first.is_visible()
+        page.emulate_media(media="print")
+        height = page.evaluate("document.querySelector('.funnel details li').getBoundingClientRect().height")
+        assert height > 10
