@@ -145,7 +145,8 @@ def _collapse(rows: Sequence[Row], codes_a_word: float) -> Iterator[Mark]:
         peak_step, peak = max(perplexity, key=lambda point: point[1])
         low_step, low = min((point for point in perplexity if point[0] >= peak_step), key=lambda point: point[1])
         step, last = perplexity[-1]
-        if last < COLLAPSE * peak:
+        has_come_back = last >= 2 * COLLAPSE * peak
+        if last < COLLAPSE * peak or (low < COLLAPSE * peak and not has_come_back):
             text = f"The codes collapsed: their perplexity fell from {peak:.3g} to {last:.3g}."
             yield Mark("perplexity", "bad", text, advice, step, last, lines)
         elif low < COLLAPSE * peak:
@@ -223,7 +224,8 @@ def spikes(losses: Points) -> Points:
     bound = max(SPIKE * deviation, SPIKE_RANGE * reached, 1e-9)
     found: list[int] = []
     for place in range(first, len(values)):
-        if above[place] <= bound:
+        before = values[max(0, place - 5) : place]  # a steep beginning lies above the median too, but does not rise
+        if above[place] <= bound or values[place] - min(before) <= bound:
             continue
         if found and place - found[-1] <= 5:
             found[-1] = max(found[-1], place, key=lambda at: above[at])
@@ -261,7 +263,8 @@ def _waiting(rows: Sequence[Row]) -> Iterator[Mark]:
 def _bests(rows: Sequence[Row]) -> Iterator[Mark]:
     """Where each number of the evaluations was best, and whether the last one still was better than the one before."""
     over_fitted = {mark.chart for mark in _over_fitting(rows, "", {}) if mark.kind == "bad"}
-    for name in sorted((RISING | FALLING) - {"used_fraction", "perplexity"} - over_fitted):
+    unused = {mark.chart for mark in _caption(rows) if mark.kind == "bad"}
+    for name in sorted((RISING | FALLING) - {"used_fraction", "perplexity"} - over_fitted - unused):
         points = [point for point in series(rows, name, "evaluation") if point[0] > 0]
         if len(points) < 2:
             continue

@@ -183,7 +183,8 @@ def _pairs_steps(run: str, store: Store, told: Mapping[str, Any], sampled: Sampl
         lists = " ".join(map(shlex.quote, planned_lists(store))) or "LIST"
         left = shards["planned"] - shards["committed"]
         alive = " An ingest is at work on them." if told["alive"] else ""
-        text = f"Collect the {left:,} shards that are left; what is committed is not asked for again.{alive}"
+        shards_left = "shard that is" if left == 1 else "shards that are"
+        text = f"Collect the {left:,} {shards_left} left; what is committed is not asked for again.{alive}"
         steps.append(Step(text, f"armchair ingest {lists} --into {location}{preset_of(run)}"))
     transient = sum(count for reason, count in told["pairs"]["rejected"].items() if is_transient(reason))
     if transient:
@@ -234,7 +235,7 @@ def codes_part(run: str, say: Say) -> Part:
         for shard, receipt in pairs.items()
         if shard not in receipts or receipts[shard].made_from.get("pairs") != receipt.digest
     ]
-    steps = [Step(f"{len(behind):,} pair shards have no codes, or old ones:", makes)] if behind else []
+    steps = [Step(f"Pair shards without codes, or with old ones: {len(behind):,}. Make them:", makes)] if behind else []
     usage: CodeUsage | None = None
     tiles: list[Sheet] = []
     if receipts:

@@ -82,7 +82,8 @@ def test_without_held_out_pictures_over_fitting_is_said_to_be_unseen():
 
 
 @pytest.mark.parametrize(
-    ("values", "bad", "note"), [([90, 120, 60, 8], 1, 0), ([90, 120, 8, 60], 0, 1), ([133, 18.9, 36, 47], 0, 0)]
+    ("values", "bad", "note"),
+    [([90, 120, 60, 8], 1, 0), ([90, 120, 8, 60], 0, 1), ([133, 18.9, 36, 47], 0, 0), ([90, 27, 1, 3], 1, 0)],
 )
 def test_a_perplexity_below_a_tenth_of_its_peak_is_a_collapse(values, bad, note):
     rows = trained() + evaluated("perplexity", values)
@@ -124,6 +125,7 @@ def test_a_loss_that_jumps_is_marked_at_its_highest_point():
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_and_a_fast_beginning_are_no_jumps(seed):
     noise = np.random.default_rng(seed).normal(size=300)
+    assert spikes([(float(i), 6 * math.exp(-i / 2) + 1 + 0.001 * noise[i]) for i in range(28)]) == []
     assert spikes([(float(i), 6 * math.exp(-i / 5) + 1 + 0.1 * noise[i]) for i in range(300)]) == []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.store import LocalStore
+from infra.store import LocalStore, join, open_store
 from ops import report
 from ops.demo_web import serve
 from ops.errors import UsageError
@@ -224,7 +224,10 @@ def test_each_stage_that_is_missing_is_said_so_with_the_command_that_makes_it(co
 def test_pairs_without_codes_are_told(copy):
     write_pair_shard(copy / "pairs", 2, list(range(100, 110)))
     assert states(copy)["Codes"] == "unfinished"
-    assert any(step.text.startswith("1 pair shards have no codes") for step in report.report_of_run(str(copy)).steps)
+    assert any(
+        step.text.startswith("Pair shards without codes, or with old ones: 1.")
+        for step in report.report_of_run(str(copy)).steps
+    )
 
 
 def test_a_training_that_has_not_ended_goes_on_with_the_same_command(copy):
@@ -278,6 +281,17 @@ def test_a_file_that_is_missing_makes_a_line(copy):
     told = sections(copy)
     assert "no file" in told["Codes"].problems[0]
     assert any("summary.json can't be read" in line for line in next(iter(told.values())).problems)
+
+
+def test_a_run_in_a_bucket_has_its_report_beside_it(copy, bucket):
+    place = open_store(bucket)
+    for entry in LocalStore(copy).list():
+        place.put(entry.key, copy / entry.key)
+    assert report.write_run_report(bucket) == join(bucket, "report.html")
+    page = place.read("report.html").decode()
+    assert f"armchair generate {bucket}/model" in Page(page).text
+    assert len(page) == pytest.approx(len(written(copy)), rel=0.02)
+    assert "can't be read" not in page
 
 
 def test_defaults_are_those_of_the_settings():
