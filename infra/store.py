@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -183,13 +183,24 @@ class ObjectPath:
     def __str__(self) -> str:
         return f"{self.store.location}/{self.key}"
 
-    def open(self, mode: Literal["rb"] = "rb", buffering: int = 8 << 20) -> IO[bytes]:
-        """A stream that can seek. Each fill of its buffer is one ranged read; 0 reads what is asked for."""
+    def is_file(self) -> bool:
+        """Whether there is such an object."""
+        return self.key != "" and self.store.stat(self.key) is not None
+
+    def read_text(self) -> str:
+        """The whole object as UTF-8. Raises FileNotFoundError."""
+        return self.store.read(self.key).decode()
+
+    def entry(self) -> Entry:
+        """Its size and time. Raises FileNotFoundError."""
         entry = self.store.stat(self.key)
         if entry is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        raw = _Ranges(self.store, entry)
-        return io.BufferedReader(raw, buffering) if buffering else cast(IO[bytes], raw)
+        return entry
+
+    def open(self, mode: Literal["rb"] = "rb", buffering: int = 8 << 20) -> io.BufferedReader:
+        """A stream that can seek. Each fill of its buffer is one ranged read; with 1, each call is one."""
+        return io.BufferedReader(_Ranges(self.store, self.entry()), buffering)
 
 
 class _Ranges(io.RawIOBase):
@@ -279,6 +290,16 @@ def parent(location: str) -> str:
         scheme, _, path = location.rstrip("/").partition("://")
         return f"{scheme}://{path.rpartition('/')[0] or path}"
     return str(Path(location).parent)
+
+
+def object_path(location: str) -> ObjectPath:
+    """The object of this name, as a file.
+
+    >>> object_path("s3://bucket/lists/a.tsv").key, object_path("s3://bucket").key
+    ('a.tsv', '')
+    """
+    store, above = open_store(location), open_store(parent(location))
+    return ObjectPath(above, store.location.removeprefix(above.location).lstrip("/"))
 
 
 def absolute(location: str) -> str:

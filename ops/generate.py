@@ -10,14 +10,14 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infra.store import join, open_store
+from infra.metrics import Tell, untold
+from infra.store import absolute, join, open_store, parent
 from models.dvae import Dvae
 from models.sampling import SampleSettings, sample
 from models.text import EOS, PAD, CaptionTokenizer
@@ -75,6 +75,7 @@ def generate(
     into: str | None = None,
     tokenizer: str | None = None,
     settings: SampleSettings | None = None,
+    tell: Tell = untold,
 ) -> dict[str, Any]:
     """Draws `n` pictures of each prompt and writes, for each prompt, a sheet, the pictures and a JSON beside it.
 
@@ -107,6 +108,7 @@ def generate(
             "seconds": round(time.monotonic() - begun_s, 3),
         }
         told.append(_write(place, drawn, about))
+        tell("pictures", n * len(told), n * len(prompts))
     return {
         "sheets": [one["sheet"] for one in told],
         "prompts": told,
@@ -171,19 +173,22 @@ def scores(model: Model, prompts: Sequence[str], codes_BN: Tensor, batch: int = 
 def _note(model: Model, prompt: str) -> str:
     """What a person should know about how the prompt was read; empty if nothing."""
     positions = model.transformer.settings.text_positions
+    notes = []
     longer_T = model.captions.encode([prompt], positions + 1)[0]
-    if longer_T[-1] in (EOS, PAD) and longer_T[-2] in (EOS, PAD):
-        return ""
-    read = model.captions.decode(model.captions.encode([prompt], positions)[0])
-    return f"the prompt is longer than {positions} text positions; what was read of it: {read!r}"
+    if longer_T[-1] not in (EOS, PAD) or longer_T[-2] not in (EOS, PAD):
+        read = model.captions.decode(model.captions.encode([prompt], positions)[0])
+        notes.append(f"the prompt is longer than {positions} text positions; what was read of it: {read!r}")
+    if unknown := model.captions.unknown_characters(prompt):
+        shown = "".join(unknown[:20])
+        notes.append(f"the captions that the model learned from do not hold {shown!r}: it can't know what they mean")
+    return "; ".join(notes)
 
 
 def _place(model: str, prompt: str, into: str | None, number: int | None) -> tuple[str, str]:
     """(directory, name without suffix) of a prompt's files."""
     if into is None:
         name = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
-        parent = model.rstrip("/").rpartition("/")[0] if "://" in model else str(Path(model).absolute().parent)
-        return join(parent, "pictures"), name if number is None else f"{number}-{name}"
+        return join(parent(absolute(model)), "pictures"), name if number is None else f"{number}-{name}"
     directory, _, name = into.rpartition("/")
     name = name.removesuffix(".png") or "sheet"
     return directory or ".", name if number is None else f"{name}-{number}"

@@ -1,4 +1,4 @@
-"""Reading list files: Parquet, CSV, TSV, JSON, JSONL and txt, each also .gz, as a stream of raw rows.
+"""Reading list files: Parquet, CSV, TSV, JSON, JSONL and txt, each also .gz, local or in a bucket, as raw rows.
 
 Lives here: which files a name stands for, and how a row is read, with the line to blame when it can't be.
 May not live here: what becomes of a row (ops/plan.py). Nothing here holds a whole list in memory.
@@ -15,6 +15,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.store import ObjectPath, StoreError, object_path, open_store
 from ops.errors import BadList
 
 BATCH_ROWS = 32_768
@@ -53,12 +55,12 @@ class Columns:
 class ListPath:
     """One list file: where it is, and `watched`: found in a folder, so a change of its bytes is no new list."""
 
-    path: Path
+    path: Path | ObjectPath
     watched: bool
 
     @property
     def label(self) -> str:
-        """The absolute path: what instalments and errors call the file."""
+        """The absolute path or the URL: what instalments and errors call the file."""
         return _label(self.path)
 
 
@@ -77,11 +79,13 @@ class Rows:
     extra: pa.Table
 
 
-def _label(path: Path) -> str:
+def _label(path: Path | ObjectPath) -> str:
+    if isinstance(path, ObjectPath):
+        return str(path)
     return os.path.normpath(path.absolute())  # links are kept: the name that the user knows
 
 
-def list_format(path: Path) -> str | None:
+def list_format(path: Path | ObjectPath) -> str | None:
     """The format a file's name says, or None.
 
     >>> list_format(Path("pairs.TSV.gz")), list_format(Path("README.md"))
@@ -93,40 +97,63 @@ def list_format(path: Path) -> str | None:
 
 
 def find_lists(names: Sequence[str]) -> tuple[list[ListPath], list[str]]:
-    """The list files that `names` (files or folders, read recursively) stand for, sorted, and what was passed over.
+    """The list files that `names` (files or folders, local or s3://) stand for, sorted, and what was passed over.
 
-    In a folder, hidden files and `_…` (Spark's marks) are no lists; other endings are passed over and returned.
+    Folders are read recursively; in them, hidden files and `_…` (Spark's marks) are no lists, and other endings are
+    passed over and returned.
     Raises BadList for a name that is not there, a file of an unknown ending, or a folder without a list.
     """
     found: dict[str, ListPath] = {}
     passed_over: list[str] = []
     known = ", ".join(f".{format}" for format in FORMATS)
     for name in names:
-        path = Path(name)
-        if "://" in name:
-            raise BadList(name, None, "only local lists can be read so far")
-        if path.is_dir():
-            inside = 0
-            for file in sorted(path.rglob("*")):
-                if not file.is_file() or any(part[0] in "._" for part in file.relative_to(path).parts):
-                    continue
-                if list_format(file) is None:
-                    passed_over.append(_label(file))
-                    continue
-                inside += 1
-                found.setdefault(_label(file), ListPath(file, watched=True))
-            if not inside:
+        file, inside = _in_bucket(name) if "://" in name else _on_disk(name)
+        if file is None:
+            lists = [path for path in inside if list_format(path) is not None]
+            passed_over += [_label(path) for path in inside if list_format(path) is None]
+            for path in lists:
+                found.setdefault(_label(path), ListPath(path, watched=True))
+            if not lists:
                 raise BadList(name, None, f"the folder holds no list ({known}, each also .gz)")
-        elif not path.exists():
-            raise BadList(name, None, "no such file or folder")
-        elif list_format(path) is None:
+        elif list_format(file) is None:
             raise BadList(name, None, f"a list's name ends in one of {known}, each also .gz")
         else:
-            found[_label(path)] = ListPath(path, watched=False)
+            found[_label(file)] = ListPath(file, watched=False)
     return [found[label] for label in sorted(found)], sorted(passed_over)
 
 
-def fingerprint(path: Path) -> tuple[str, int, tuple[int, int, int]]:
+_Paths = list[Path | ObjectPath]
+
+
+def _on_disk(name: str) -> tuple[Path | None, _Paths]:
+    """The file of this name, or None and the files in the folder of this name."""
+    path = Path(name)
+    if path.is_dir():
+        files = (file for file in sorted(path.rglob("*")) if file.is_file())
+        return None, [file for file in files if not _is_hidden(file.relative_to(path).parts)]
+    if not path.exists():
+        raise BadList(name, None, "no such file or folder")
+    return path, []
+
+
+def _in_bucket(name: str) -> tuple[ObjectPath | None, _Paths]:
+    """As `_on_disk`, for an object or what lies below a prefix."""
+    if not name.startswith("s3://"):
+        raise BadList(name, None, "a list is a local file or folder, or lies at s3://bucket/…")
+    file, below = object_path(name), open_store(name)
+    if file.is_file():
+        return file, []
+    entries = list(below.list())
+    if not entries:
+        raise BadList(name, None, "no such file or folder in the bucket")
+    return None, [ObjectPath(below, entry.key) for entry in entries if not _is_hidden(entry.key.split("/"))]
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    return any(part[:1] in ("", ".", "_") for part in parts)
+
+
+def fingerprint(path: Path | ObjectPath) -> tuple[str, int, tuple[int, int, int]]:
     """Sha256 and size of a file, and a stamp that changes when somebody writes to it (compare with `stamp`)."""
     before = stamp(path)
     with path.open("rb") as file:
@@ -134,8 +161,11 @@ def fingerprint(path: Path) -> tuple[str, int, tuple[int, int, int]]:
     return digest, before[0], before
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
-    """Size, time of the last write in ns, and inode."""
+def stamp(path: Path | ObjectPath) -> tuple[int, int, int]:
+    """Size, time of the last write in ns, and inode (0 in a bucket)."""
+    if isinstance(path, ObjectPath):
+        entry = path.entry()
+        return entry.bytes, int(entry.modified_s * 1e9), 0
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 
@@ -167,8 +197,8 @@ def read_rows(list_path: ListPath, columns: Columns, *, caption_required: bool, 
                 check()
             yield _rows(table, places, columns, label)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, zlib.error, EOFError, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's; those of gzip and pyarrow about the content have no number
+        if isinstance(error, StoreError) or (isinstance(error, OSError) and error.errno is not None):
+            raise  # the disk's or the bucket's; those of gzip and pyarrow about the content have no number
         raise BadList(label, None, f"can't be read as {path.name.lower()}: {_first_line(error)}") from error
     if not names:
         raise BadList(label, None, "has no rows")
@@ -192,18 +222,18 @@ class _Places:
 _Batch = tuple[pa.Table, _Places]
 
 
-def _read(path: Path, label: str, columns: Columns, scratch: Path) -> Iterator[_Batch]:
+def _read(path: Path | ObjectPath, label: str, columns: Columns, scratch: Path) -> Iterator[_Batch]:
     kind, packed = list_format(path), path.name.lower().endswith(".gz")
     if kind == "parquet":
         if packed:
             unpacked = scratch / "unpacked.parquet"
-            with gzip.open(path, "rb") as source, unpacked.open("wb") as target:
+            with path.open("rb") as file, gzip.open(file, "rb") as source, unpacked.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             path = unpacked
         yield from _read_parquet(path, label)
         return
-    with gzip.open(path, "rb") if packed else path.open("rb") as file:
-        stream: IO[bytes] = file  # type: ignore[assignment]  # GzipFile is one in all but name
+    with path.open("rb") as file, gzip.open(file, "rb") if packed else nullcontext(file) as unpacking:
+        stream: IO[bytes] = unpacking  # type: ignore[assignment]  # GzipFile is one in all but name
         _check_encoding(stream, label)
         if kind == "csv":
             yield from _read_csv(stream, label, columns)
@@ -217,9 +247,10 @@ def _read(path: Path, label: str, columns: Columns, scratch: Path) -> Iterator[_
             yield from _objects(_read_json(stream, label), columns, label)
 
 
-def _read_parquet(path: Path, label: str) -> Iterator[_Batch]:
+def _read_parquet(path: Path | ObjectPath, label: str) -> Iterator[_Batch]:
     # A buffered stream: without it a whole column chunk is read at once, and some lists are one row group.
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    opened = nullcontext(path) if isinstance(path, Path) else path.open("rb", buffering=1)
+    with opened as source, pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as file:
         names = file.schema_arrow.names
         _check_unique(names, label, None)
         row = 1

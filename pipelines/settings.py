@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
+from infra.store import ObjectPath, object_path
 from models.dvae import DvaeSettings
 from models.sampling import SampleSettings
 from models.transformer import TransformerSettings
@@ -160,9 +161,9 @@ def _merge(preset: str | None, sets: Sequence[str]) -> tuple[dict[str, Any], dic
 
 
 def _read_preset(preset: str) -> tuple[str, dict[str, Any]]:
-    path = PRESETS / f"{preset}.toml"
-    if not path.exists():
-        path = Path(preset)
+    path: Path | ObjectPath = PRESETS / f"{preset}.toml"
+    if not path.is_file():
+        path = object_path(preset) if "://" in preset else Path(preset)
     if not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.toml"))
         near = difflib.get_close_matches(preset, names, n=1)

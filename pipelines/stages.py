@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from infra.store import Store, join, open_store
+from infra.store import Store, join, open_store, parent
 from ops.errors import RecipeChanged, UsageError
 from ops.filters import FilterSettings
 from ops.ingest import start_pairs
@@ -159,5 +158,5 @@ def record_settings(run: Run, settings: Settings) -> None:
 
 def settings_beside(stage: str) -> str | None:
     """The settings.toml of the run that a stage lies in, for commands on that stage; None where there is none."""
-    path = Path(stage).parent / SETTINGS
-    return str(path) if path.is_file() else None
+    run = parent(stage)
+    return join(run, SETTINGS) if open_store(run).stat(SETTINGS) is not None else None

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from infra.store import StoreError, open_store
 from ops import lists
 from ops.errors import BadList
-from ops.lists import RESERVED, Columns, ListPath, Rows, find_lists, read_rows
+from ops.lists import RESERVED, Columns, ListPath, Rows, find_lists, fingerprint, read_rows, stamp
 
 BY_NAME = Columns()
 PAIRS = [
@@ -359,10 +360,74 @@ def test_a_name_that_stands_for_no_list_is_refused(tmp_path: Path) -> None:
         (str(tmp_path / "none.tsv"), "no such file"),
         (str(tmp_path / "notes.md"), "name ends in one of"),
         (str(tmp_path), "holds no list"),
-        ("gopher://bucket/list.tsv", "only local lists"),
+        ("gopher://bucket/list.tsv", "a local file or folder, or lies at s3://"),
     ]:
         with pytest.raises(BadList, match=what):
             find_lists([name])
+
+
+def test_lists_in_a_bucket_are_found_and_read_like_local_ones(bucket: str, tmp_path: Path) -> None:
+    table = pa.table({"url": [f"http://a/{n}" for n in range(1000)], "caption": ["é" * (n % 9) for n in range(1000)]})
+    files = {
+        "b/2.tsv": "url\tcaption\nu\té\n".encode(),
+        "b/1.CSV.gz": gzip.compress(b'url,caption\r\nu,"a\nb"\r\n'),
+        "a.jsonl": b'{"url": "u", "caption": "c"}\n',
+        "c.json": b'[{"url": "u", "caption": "c"}]',
+        "d.txt.gz": gzip.compress(b"u\n\nv\n"),
+    }
+    pq.write_table(table, tmp_path / "e.parquet", row_group_size=300)
+    files["e.parquet"] = (tmp_path / "e.parquet").read_bytes()
+    files["f.parquet.gz"] = gzip.compress(files["e.parquet"])
+    others = dict.fromkeys((".hidden.tsv", "b/_SUCCESS", "_tmp/x.tsv", "notes.md"), b"")
+    store = open_store(bucket)
+    for name, data in {**files, **others}.items():
+        store.put(f"lists/{name}", data)
+        path = tmp_path / "lists" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    there, passed_over = find_lists([f"{bucket}/lists/"])
+    here, passed_over_here = find_lists([str(tmp_path / "lists")])
+    assert [item.label for item in there] == [f"{bucket}/lists/{name}" for name in sorted(files)]
+    assert passed_over == [f"{bucket}/lists/notes.md"]
+    assert [name.replace(str(tmp_path), bucket) for name in passed_over_here] == passed_over
+    assert all(item.watched for item in there)
+    for one, other in zip(there, here, strict=True):
+        assert fingerprint(one.path)[:2] == fingerprint(other.path)[:2]
+        assert stamp(one.path) == fingerprint(one.path)[2]
+        read_there, read_here = (
+            [*read_rows(path, Columns(), caption_required=False, scratch=tmp_path)] for path in (one, other)
+        )
+        assert read_there == read_here, one.label
+    [named], _ = find_lists([f"{bucket}/lists/b/2.tsv"])
+    assert not named.watched
+    assert named.label == f"{bucket}/lists/b/2.tsv"
+
+
+def test_a_name_in_a_bucket_that_stands_for_no_list_is_refused(bucket: str) -> None:
+    store = open_store(bucket)
+    store.put("lists/notes.md", b"x")
+    for name, what in [
+        (f"{bucket}/none.tsv", "no such file or folder in the bucket"),
+        (f"{bucket}/list", "no such file or folder in the bucket"),
+        (f"{bucket}/lists/notes.md", "name ends in one of"),
+        (f"{bucket}/lists", "holds no list"),
+    ]:
+        with pytest.raises(BadList, match=what) as told:
+            find_lists([name])
+        assert name in str(told.value)
+    store.put("lists/cut.csv.gz", gzip.compress(b"url,caption\r\n" * 100)[:-9])
+    [cut], _ = find_lists([f"{bucket}/lists/cut.csv.gz"])
+    with pytest.raises(BadList, match=r"cut\.csv\.gz: can't be read as cut"):
+        [*read_rows(cut, Columns(), caption_required=True, scratch=Path("/tmp"))]
+
+
+def test_a_list_whose_bucket_goes_away_is_no_bad_list(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(bucket)
+    store.put("a.tsv", b"url\tcaption\nu\tc\n")
+    [path], _ = find_lists([f"{bucket}/a.tsv"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreError, match="not accepted"):
+        [*read_rows(path, Columns(), caption_required=True, scratch=Path("/tmp"))]
 
 
 def test_a_line_that_never_ends_is_no_header(tmp_path: Path) -> None:
