@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,8 +38,9 @@ MEMBERS = [("000000000.jpg", b"j" * 700), ("000000000.json", b"{}"), ("000000000
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "pairs"))
+def store(place: str) -> Store:
+    """On local disk, on moto and on SeaweedFS."""
+    return open_store(place)
 
 
 def receipt_of(generation: int = 0, kept: int = 1) -> Receipt:
@@ -97,8 +100,9 @@ def test_equal_bytes_are_ours_and_other_bytes_lose_the_race(store: Store, tmp_pa
     assert read_verified(store, first.files["tar"])
 
 
-def test_an_old_file_of_a_dead_attempt_is_made_young_by_the_commit(store: Store, tmp_path: Path) -> None:
+def test_an_old_file_of_a_dead_attempt_is_made_young_by_the_commit(tmp_path: Path) -> None:
     """Else a sweep that runs between the upload and the receipt could take it away."""
+    store = open_store(str(tmp_path / "pairs"))
     first = publish(store, receipt_of(), scratch_files(tmp_path))
     assert first is not None
     store.delete(first.key)
@@ -109,6 +113,25 @@ def test_an_old_file_of_a_dead_attempt_is_made_young_by_the_commit(store: Store,
         entry = store.stat(ref.key)
         assert entry is not None
         assert entry.modified_s > store.clock_s() - 60
+
+
+def test_of_sixteen_publishers_of_other_bytes_one_receipt_stands(store: Store, tmp_path: Path) -> None:
+    """Each has other pictures, so that each believes in other data files."""
+    start = threading.Barrier(16)
+
+    def attempt(writer: int) -> Receipt | None:
+        directory = tmp_path / str(writer)
+        directory.mkdir()
+        files = scratch_files(directory, [("000000000.jpg", b"%d" % writer * 1000), *MEMBERS[1:]])
+        start.wait()
+        return publish(store, receipt_of(), files)
+
+    with ThreadPoolExecutor(16) as pool:
+        published = list(pool.map(attempt, range(16)))
+    [winner] = [number for number, receipt in enumerate(published) if receipt is not None]
+    stands = read_receipts(store)[7]
+    assert stands == published[winner]
+    assert read_verified(store, stands.files["tar"]) == (tmp_path / f"{winner}/t.tar").read_bytes()
 
 
 def test_a_race_that_is_lost_after_the_upload_leaves_the_rivals_receipt(tmp_path: Path) -> None:
