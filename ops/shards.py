@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from infra.store import Store
-from ops.errors import DamagedArtifact, StorageError, UnknownFormat
-from ops.recipes import canonical_json, file_sha256, sha256
+from ops.errors import DamagedArtifact, StorageError
+from ops.recipes import file_sha256, parse_sealed, seal, sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,7 +77,7 @@ class Receipt:
         >>> Receipt.from_json(receipt.to_json()) == receipt
         True
         """
-        return canonical_json({"format": FORMAT, **asdict(self)})
+        return seal({"format": FORMAT, **asdict(self)})
 
     @property
     def digest(self) -> str:
@@ -91,18 +91,11 @@ class Receipt:
 
     @classmethod
     def from_json(cls, data: bytes, where: str = "a receipt") -> Receipt:
-        """The receipt of these bytes. Raises UnknownFormat, and DamagedArtifact for what is no receipt."""
-        import json
-
-        try:
-            found: dict[str, Any] = json.loads(data)
-            if found.get("format") != FORMAT:
-                raise UnknownFormat(where, found.get("format"), FORMAT)
-            del found["format"]
-            files = {name: FileRef(**ref) for name, ref in found.pop("files").items()}
-            return cls(files=files, row_groups=tuple(found.pop("row_groups")), **found)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedArtifact(where, "the JSON of a receipt", "something else") from error
+        """The receipt of these bytes. Raises UnknownFormat, and DamagedArtifact if one of them is another."""
+        found = parse_sealed(data, where, FORMAT)
+        del found["format"]
+        files = {name: FileRef(**ref) for name, ref in found.pop("files").items()}
+        return cls(files=files, row_groups=tuple(found.pop("row_groups")), **found)
 
 
 def receipt_key(shard: int, generation: int) -> str:
@@ -119,15 +112,16 @@ def committed_generations(store: Store) -> dict[int, int]:
     return dict(_listed(store))  # in the order of generations: the last one stays
 
 
-def _listed(store: Store) -> list[tuple[int, int]]:
-    """(shard, generation) of all receipts, sorted."""
-    matches = (_RECEIPT.fullmatch(entry.key) for entry in store.list("receipts/"))
+def _listed(store: Store, shard: int | None = None) -> list[tuple[int, int]]:
+    """(shard, generation) of all receipts, or of those of one shard, sorted."""
+    prefix = "receipts/" if shard is None else f"receipts/{shard:05d}.g"
+    matches = (_RECEIPT.fullmatch(entry.key) for entry in store.list(prefix))
     return sorted((int(match[1]), int(match[2])) for match in matches if match)
 
 
-def list_receipts(store: Store) -> list[Receipt]:
-    """The receipts of all generations, sorted by shard and generation."""
-    return _read_all(store, _listed(store))
+def list_receipts(store: Store, shard: int | None = None) -> list[Receipt]:
+    """The receipts of all generations, of all shards or of one, sorted by shard and generation."""
+    return _read_all(store, _listed(store, shard))
 
 
 def read_receipt(store: Store, shard: int, generation: int) -> Receipt:
