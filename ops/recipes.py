@@ -58,6 +58,24 @@ def parse_json(data: bytes, place: str, known_format: int = FORMAT) -> dict[str,
     return found
 
 
+def seal(value: dict[str, Any]) -> bytes:
+    """The canonical JSON of a receipt that holds its own sha256, so that one flipped byte of it is noticed.
+
+    >>> parse_sealed(seal({"format": 1, "rows": 3}), "a receipt")
+    {'format': 1, 'rows': 3}
+    """
+    return canonical_json({**value, "sha256": sha256(canonical_json(value))})
+
+
+def parse_sealed(data: bytes, place: str, known_format: int = FORMAT) -> dict[str, Any]:
+    """What `seal` wrote, without its sha256. Raises DamagedArtifact for another byte, UnknownFormat."""
+    found = parse_json(data, place, known_format)
+    recorded = found.pop("sha256", None)
+    if data != seal(found):
+        raise DamagedArtifact(place, f"sha256 {recorded}", f"sha256 {sha256(canonical_json(found))}")
+    return found
+
+
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Versions of the code and of the libraries that decide bytes."""

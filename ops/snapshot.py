@@ -87,14 +87,19 @@ class Snapshot:
         return sum(getattr(group, split) for shard in self.shards for group in shard.groups if group.crop == 0)
 
 
-def source_fingerprint(source: Store) -> str:
+def source_fingerprint(source: Store, stage: str | None = None) -> str:
     """What a growing stage is made with, as one digest. Stays the same while the stage grows.
 
-    Raises UsageError if there is no such stage.
+    Raises UsageError if there is no such stage, or it is not of the `stage` that is asked for.
     """
     if source.stat(RECIPE) is None:
         raise UsageError(f"{source.location} holds no pairs and no tokens.", "Ingest, or tokenize, into it first.")
     recipe = read_json(source, RECIPE)
+    if stage not in (None, recipe["stage"]):
+        raise UsageError(
+            f"{source.location} holds {recipe['stage']}, not {stage}.",
+            "The tokenizer is trained on pairs, the transformer on tokens: name the other directory.",
+        )
     return sha256(canonical_json({"stage": recipe["stage"], **recipe["identity"], **recipe["inputs"]}))
 
 

@@ -60,7 +60,10 @@ def verify(store: Store, *, deep: bool = False, tell: Tell = untold) -> VerifyRe
     plan_is_whole = not problems
     committed = committed_generations(store)
     if plan_is_whole and not instalments and not committed:
-        raise UsageError(f"{store.location}: there is nothing to verify.", "Name a directory of pairs or tokens.")
+        raise UsageError(
+            f"{store.location}: there is nothing to verify.",
+            "Name a directory that `armchair ingest` or `armchair tokenize` made.",
+        )
     pairs, shards, bytes = 0, 0, 0
     for shard, generation in sorted(committed.items()):
         try:

@@ -293,9 +293,14 @@ def show_tally(into: str, told: dict[str, Any]) -> str:
         return f"{into}: nothing was missing"
     ended = ", ".join(f"{count} {state}" for state, count in shards.items() if count and state != "planned")
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(pairs["rejected"].items(), key=_by_count))
-    return f"{into}: {ended} shards; {pairs['kept']} of {pairs['rows']} pairs kept" + (
-        f"; {reasons}" if reasons else ""
-    )
+    lines = [f"{into}: {ended} shards; {pairs['kept']} of {pairs['rows']} pairs kept"]
+    lines[0] += f"; {reasons}" if reasons else ""
+    if wrong := pairs["rejected"].get("caption_encoding"):
+        lines.append(
+            f"{wrong} captions are not UTF-8. If that is the whole list's encoding, convert it (iconv -f LATIN1 -t "
+            "UTF-8 LIST) and ingest it into another directory."
+        )
+    return "\n".join(lines)
 
 
 def show_trained(told: dict[str, Any]) -> str:

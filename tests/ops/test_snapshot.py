@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.store import open_store
 from ops.errors import StorageError, UnknownFormat, UsageError
-from ops.shards import read_receipts
+from ops.shards import read_receipt, read_receipts
 from ops.snapshot import SNAPSHOT, read_snapshot, source_fingerprint, take_snapshot
 from tests.ops.conftest import Learned, MakePairs
 from tests.small_runs import write_pair_shard
@@ -63,10 +64,10 @@ def test_the_fingerprint_of_a_stage_stays_while_it_grows(make_pairs: MakePairs) 
 
 def test_a_shard_of_another_tokenizer_among_the_codes_is_named(learned: Learned, tmp_path: Path) -> None:
     tokens = shutil.copytree(learned.tokens, tmp_path / "tokens")
-    path = tokens / "receipts" / "00001.g0.json"
-    receipt = json.loads(path.read_bytes())
-    receipt["made_from"]["tokenizer"] = "c" * 64
-    path.write_text(json.dumps(receipt))
+    store = open_store(str(tokens))
+    receipt = read_receipt(store, 1, 0)
+    other = replace(receipt, made_from=receipt.made_from | {"tokenizer": "c" * 64})
+    store.put(other.key, other.to_json(), if_absent=False)
     with pytest.raises(StorageError, match="shard 00001 were made by tokenizer cccc"):
         take_snapshot(open_store(str(tokens)), "codes", {})
 
