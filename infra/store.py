@@ -119,6 +119,9 @@ class LocalStore:
                 temporary.replace(path)
                 is_ours = True
             _fsync_directory(path.parent)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a write to a full disk names no file
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         return is_ours

@@ -251,7 +251,7 @@ def check_fit(job: Job) -> None:
         if mine != its:
             raise UsageError(
                 f"transformer.{name} is {mine}, but the tokenizer that made {job.source} has {its}.",
-                f"Set transformer.{name} = {its}.",
+                f"Add --set transformer.{name}={its}, or tokenize the pairs with a tokenizer of that size.",
             )
 
 

@@ -37,8 +37,11 @@ MISBEHAVE_SHARE = 0.04
 """Extra URLs that misbehave, over the good ones: the funnel of a first run is a real one."""
 
 
-def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
-    """Runs the whole demo into a local directory; returns the exit code: 1 if a gate is missed, else 0."""
+def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster, *, as_json: bool = False) -> int:
+    """Runs the whole demo into a local directory, and prints the summary for people or as one JSON object.
+
+    Returns the exit code: 1 if a gate is missed, else 0.
+    """
     if "://" in into:
         raise UsageError(f"{into}: the demo's pictures come from this machine.", "Use a local --into.")
     directory, run = Path(into), Run(into)
@@ -56,8 +59,10 @@ def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
         _tell(f"to do: {', '.join(missing)}")
         with _web_server(directory / "openmoji", port):
             from pipelines.build import build
+            from pipelines.prefect_server import run_flow
 
-            built = build([str(listed)], into, settings, cluster=cluster, place=Place(threads=settings.demo.threads))
+            place = Place(threads=settings.demo.threads)
+            built = run_flow(build, [str(listed)], into, settings, cluster=cluster, place=place)
             seconds |= built["seconds"]
     with timed("verify", seconds):
         for stage in (run.pairs, run.tokens):
@@ -95,13 +100,17 @@ def run_demo(into: str, settings: Settings, seed: int, cluster: Cluster) -> int:
     }
     (directory / "summary.json").write_text(json.dumps(summary, indent=1))
     report = write_run_report(into)
-    missed = [gate for gate in GATES if not gate.holds(summary)]
-    print(table(summary))
-    print(f"\nsheet    {directory / 'pictures' / 'demo.png'}\nreport   {report}\nsummary  {directory / 'summary.json'}")
-    print(f'next     armchair generate {run.model} "red heart"')
+    missed = [gate for gate in GATES if settings.demo.gates and not gate.holds(summary)]
+    sheet = str(directory / "pictures" / "demo.png")
+    if as_json:
+        print(json.dumps(summary | {"sheet": sheet, "report": report}))
+    else:
+        print(table(summary))
+        print(f"\nsheet    {sheet}\nreport   {report}\nsummary  {directory / 'summary.json'}")
+        print(f'next     armchair generate {run.model} "red heart"')
     for gate in missed:
         print(f"gate missed: {gate}, got {gate.value(summary):.3f}", file=sys.stderr)
-    return 1 if missed and settings.demo.gates else 0
+    return 1 if missed else 0
 
 
 def _for_demo(settings: Settings, seed: int) -> Settings:
