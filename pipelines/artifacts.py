@@ -8,6 +8,7 @@ here: what is told (pipelines/waves.py, pipelines/train.py, pipelines/build.py).
 from __future__ import annotations
 
 import base64
+import contextvars
 import json
 import re
 import sys
@@ -57,7 +58,8 @@ class Board:
         self._progress_id: UUID | None = None
         self._wake, self._lock, self._closing = threading.Event(), threading.Lock(), False
         self._has_warned = False
-        self._thread = threading.Thread(target=self._write_all, name="artifacts", daemon=True)
+        context_here = contextvars.copy_context()  # Prefect's settings are there
+        self._thread = threading.Thread(target=context_here.run, args=(self._write_all,), name="artifacts", daemon=True)
 
     def __enter__(self) -> Board:
         if self._run is not None:
@@ -135,7 +137,7 @@ class Board:
 
     def _write(self, artifact: ArtifactCreate) -> None:
         try:
-            with get_client(sync_client=True) as client:
+            with get_client(sync_client=True, httpx_settings={"timeout": PATIENCE_S}) as client:
                 self._send(client, artifact)
         except Exception as error:  # whatever Prefect or its server does, the work goes on
             if not self._has_warned:

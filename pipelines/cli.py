@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
@@ -25,14 +26,23 @@ PREFECT = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # an empty home needs 15-22 s of migrations
     "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the command line prints errors itself, once
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # a server that is gone: a page of each event that it misses
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "DO_NOT_TRACK": "1",
 }
 """Set before prefect is imported; a value of the user's wins."""
 
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("armchair")
+
+
 app = App(
     name="armchair",
+    version=_version,
     help="From a list of picture URLs and captions to a text-to-image model. "
     "Start with `armchair demo`; build your own with `armchair build LIST --into RUN --preset demo`. "
     "Every command can be run again: it does only what is missing.",
@@ -42,14 +52,33 @@ app = App(
 )
 train = App(name="train", help="Train one of the two models on what an earlier stage made.")
 app.command(train)
+app.register_install_completion_command(help="Complete commands, options, presets and settings with TAB, from now on.")
+
+
+def _presets(context: object) -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml"))
+
+
+def _setting_paths(context: object) -> list[str]:
+    from pipelines.settings import rows
+
+    return [f"{row.path}=" for row in rows()]
+
 
 Pairs = Annotated[str, Parameter(help="Directory that `ingest` made.")]
 Directory = Annotated[str, Parameter(help="Directory of pairs or of tokens.")]
 Into = Annotated[str, Parameter(help="Directory that this command makes or continues.")]
-Preset = Annotated[str | None, Parameter(help="tiny, demo, laptop, gpu, dalle-12b, or a TOML file.")]
+Preset = Annotated[
+    str | None, Parameter(help="tiny, demo, laptop, gpu, dalle-12b, or a TOML file.", completer=_presets)
+]
 Sets = Annotated[
     tuple[str, ...],
-    Parameter(name="--set", negative="", help="path=value, one setting; may be repeated. Over the preset."),
+    Parameter(
+        name="--set",
+        negative="",
+        help="path=value, one setting; may be repeated. Over the preset.",
+        completer=_setting_paths,
+    ),
 ]
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object and nothing else.")]
 Cpus = Annotated[int | None, Parameter(help="CPUs of a local Ray; default: all. Ignored with RAY_ADDRESS.")]
@@ -76,7 +105,7 @@ def demo(
     """
     from pipelines.demo import run_demo
 
-    return run_demo(into, _settings(preset, sets), seed, _cluster(cpus))
+    return run_demo(into, _settings(preset, sets), seed, _cluster(cpus), as_json=json)
 
 
 @app.command(sort_key=2)
@@ -101,7 +130,7 @@ def build(
         return
     from pipelines.build import build as flow
 
-    told = flow(list(lists), into, settings, columns, _cluster(cpus), _place(workers, gpu))
+    told = _run(flow, list(lists), into, settings, columns, _cluster(cpus), _place(workers, gpu))
     _say(told, json, f"finished: {told['report']}")
 
 
@@ -122,21 +151,40 @@ def ingest(
 
     s = _settings(preset, sets)
     columns = _columns(url_col, caption_col)
-    told = flow(
-        list(lists), into, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, _cluster(cpus), accept_partial
+    told = _run(
+        flow,
+        list(lists),
+        into,
+        columns,
+        s.plan,
+        s.filters,
+        s.fetch,
+        s.picture,
+        s.outage,
+        _cluster(cpus),
+        accept_partial,
     )
     _end(into, told, json)
 
 
 @app.command(sort_key=4)
-def status(pairs: Pairs, *, json: Json = False) -> None:
-    """Shards planned, committed, deferred, failed; pairs kept and rejected by reason; runs alive."""
+def status(
+    directory: Annotated[str, Parameter(help="Directory of pairs, of tokens, of a trained model, or of a whole run.")],
+    *,
+    watch: Annotated[bool, Parameter(negative="", help="Show it live, until Ctrl-C.")] = False,
+    json: Json = False,
+) -> None:
+    """How far it is: shards by state, pairs by reason, steps of a training, rates, time left, who is alive."""
+    if watch:
+        from pipelines.watch import watch as show
+
+        return show(directory, as_json=json)
     from infra.store import open_store
     from ops.status import status as count
     from pipelines.show import show_status
 
-    told = count(open_store(pairs))
-    _say(told, json, show_status(told))
+    told = count(open_store(directory))
+    return _say(told, json, show_status(told))
 
 
 @app.command(sort_key=5)
@@ -157,7 +205,7 @@ def rerun(
     s = _settings(preset or _settings_beside(pairs), sets)
     numbers = parse_shards(shards) if shards else None
     again: Literal["transient", "rejected"] = "rejected" if numbers and only is None else "transient"
-    _end(pairs, flow(pairs, again, numbers, s.fetch, s.outage, _cluster(cpus)), json)
+    _end(pairs, _run(flow, pairs, again, numbers, s.fetch, s.outage, _cluster(cpus)), json)
 
 
 @app.command(sort_key=6)
@@ -170,13 +218,38 @@ def verify(
     """Prove that every pair is accounted for once, and with --deep every byte."""
     from infra.store import open_store
     from ops.verify import verify as prove
+    from pipelines.progress import Progress
     from pipelines.show import show_proof
 
-    proof = prove(open_store(directory), deep=deep)
+    with Progress("verify") as progress:
+        proof = prove(open_store(directory), deep=deep, tell=progress.tell)
     problems = [asdict(problem) for problem in proof.problems]
     told = {"ok": proof.ok, "pairs": proof.pairs, "shards": proof.shards, "problems": problems}
     _say(told, json, show_proof(directory, proof.ok, proof.pairs, problems))
     return 0 if proof.ok else 3
+
+
+@app.command(sort_key=7)
+def why(
+    target: Annotated[str, Parameter(help="A URL as the list has it, or a uid (8 or more of its digits).")],
+    *,
+    stages: Annotated[
+        tuple[str, ...],
+        Parameter(name="--in", negative="", consume_multiple=True, help="Runs, or directories of their stages."),
+    ],
+    into: Annotated[str | None, Parameter(help="Directory for the pictures; default: why-UID.")] = None,
+    json: Json = False,
+) -> int:
+    """The life of one pair: list line, shard, attempts, status, picture, codes, drops, and who trained on it."""
+    from ops.why import has_problem
+    from ops.why import why as ask
+    from pipelines.progress import Progress
+    from pipelines.show import show_why
+
+    with Progress("why") as progress:
+        told = ask(target, stages, into, progress.tell)
+    _say(told, json, show_why(told))
+    return 3 if has_problem(told) else 0
 
 
 @app.command(sort_key=7)
@@ -192,8 +265,11 @@ def sweep(
     """Remove what no receipt or instalment names and is older than the grace time."""
     from infra.store import open_store
     from ops.sweep import sweep as clean
+    from pipelines.progress import Progress
 
-    removed = clean(open_store(directory), grace_s=3600 * grace_hours, superseded=superseded)
+    with Progress("sweep") as progress:
+        place = open_store(directory)
+        removed = clean(place, grace_s=3600 * grace_hours, superseded=superseded, tell=progress.tell)
     _say({"removed": removed}, json, f"removed {len(removed)} files")
 
 
@@ -214,7 +290,7 @@ def tokenizer(
     from pipelines.train import train_tokenizer as flow
 
     s = _settings(preset, sets)
-    told = flow(pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), _place(workers, gpu))
+    told = _run(flow, pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), _place(workers, gpu))
     _say(told, json, show_trained(told))
 
 
@@ -232,7 +308,7 @@ def tokenize(
     """Turn the pictures of PAIRS into codes, one token shard for each pair shard."""
     from pipelines.tokenize import tokenize as flow
 
-    _end(into, flow(pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus)), json)
+    _end(into, _run(flow, pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus)), json)
 
 
 @train.command
@@ -252,7 +328,9 @@ def transformer(
     from pipelines.train import train_transformer as flow
 
     s = _settings(preset, sets)
-    told = flow(tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), _place(workers, gpu))
+    told = _run(
+        flow, tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), _place(workers, gpu)
+    )
     _say(told, json, show_trained(told))
 
 
@@ -272,8 +350,14 @@ def generate(
 ) -> None:
     """Draw pictures from prompts, best first."""
     from ops.generate import generate as draw
+    from pipelines.progress import Progress
 
-    told = draw(model, prompts, n, seed, into, tokenizer, _settings(preset or _settings_beside(model), sets).sampling)
+    sampling = _settings(preset or _settings_beside(model), sets).sampling
+    with Progress("generate") as progress:
+        told = draw(model, prompts, n, seed, into, tokenizer, sampling, progress.tell)
+    for one in told["prompts"]:
+        if one["note"]:
+            print(f"generate    {one['prompt'][:40]!r}: {one['note']}", file=sys.stderr)
     _say(told, json, "\n".join(f"{path}" for path in told["sheets"]))
 
 
@@ -283,8 +367,10 @@ def report(
 ) -> None:
     """Write RUN/report.html: funnel, curves, reconstructions, samples. One file, no outside references."""
     from ops.report import write_run_report
+    from pipelines.progress import Progress
 
-    path = write_run_report(run)
+    with Progress("report"):
+        path = write_run_report(run)
     _say({"report": path}, json, path)
 
 
@@ -296,6 +382,13 @@ def settings(*, preset: Preset = None, sets: Sets = (), json: Json = False) -> N
     found = list(rows(preset, sets))
     text = "\n".join(f"{row.path} = {row.value!r}   [{row.layer}]\n    {row.doc}" for row in found)
     _say({row.path: {"value": row.value, "layer": row.layer, "doc": row.doc} for row in found}, json, text)
+
+
+def _run(flow: Any, *arguments: Any) -> dict[str, Any]:
+    from pipelines.prefect_server import run_flow
+
+    told: dict[str, Any] = run_flow(flow, *arguments)
+    return told
 
 
 def _settings(preset: str | None, sets: tuple[str, ...]) -> Settings:
@@ -363,6 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_environment()
     for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
+    from infra.store import StoreError
     from ops.errors import ArmchairError
 
     interrupted: list[float] = []
@@ -372,6 +466,8 @@ def main(arguments: list[str] | None = None) -> None:
         if len(interrupted) == 1:
             raise KeyboardInterrupt
         if interrupted[-1] - interrupted[0] > 1.0:  # the second Ctrl-C of somebody who won't wait for the cleaning up
+            if (server := sys.modules.get("pipelines.prefect_server")) is not None:
+                server.stop_server()
             os._exit(130)
 
     before = signal.signal(signal.SIGINT, interrupt)
@@ -381,14 +477,20 @@ def main(arguments: list[str] | None = None) -> None:
     except ArmchairError as error:
         print(f"armchair: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except StoreError as error:
+        print(f"armchair: {error}", file=sys.stderr)
+        sys.exit(3)
     except FileNotFoundError as error:
         print(f"armchair: {error.filename or error} does not exist. Check the path.", file=sys.stderr)
+        sys.exit(2)
+    except NotADirectoryError as error:
+        print(f"armchair: {error}. Name another directory.", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"armchair: storage: {error}. Check the path, its rights and the space left.", file=sys.stderr)
         sys.exit(3)
     except (KeyboardInterrupt, Exception) as error:
-        # Ctrl-C reaches Prefect's server too, and what is seen here may be that it no longer answers.
+        # What a Ctrl-C becomes on its way through Prefect may be another exception.
         if not interrupted and not isinstance(error, KeyboardInterrupt):
             raise
         print("armchair: stopped. Run the same command again to go on from here.", file=sys.stderr)

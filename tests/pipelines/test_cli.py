@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cyclopts import Parameter
@@ -58,7 +64,7 @@ def test_every_command_and_every_parameter_has_help(command: str, capsys: pytest
         (["build", "--into", "{tmp}/run"], 2, "no list was given"),
         (["build", "{list}", "--into", "{tmp}/run", "--preset", "demmo"], 2, r"Did you mean demo\?"),
         (["build", "{list}", "--into", "{tmp}/run", "--set", "dvae.vocab=3"], 2, r"did you mean dvae\.vocabulary\?"),
-        (["build", "{list}", "--into", "{list}"], 3, "is a file"),
+        (["build", "{list}", "--into", "{list}"], 2, "is a file"),
         (["build", "{list}", "--into", "s3://bucket/run"], 3, "only local paths"),
         (["status", "{tmp}/nothing"], 2, "nothing is planned"),
         (["generate", "{tmp}/nothing", "a cat"], 2, "holds no|does not exist"),
@@ -84,6 +90,99 @@ def test_bad_input_ends_with_its_code_and_a_line_that_helps(
     captured = capsys.readouterr()
     assert re.search(told, captured.err), captured.err
     assert "Traceback" not in captured.err
+
+
+def functions() -> dict[str, Callable[..., Any]]:
+    found = {}
+    for command in commands():
+        node = app
+        for word in command.split():
+            node = node[word]
+        assert node.default_command is not None
+        found[command] = node.default_command
+    return found
+
+
+def test_every_command_can_answer_as_json() -> None:
+    assert [name for name, function in functions().items() if "json" not in typing.get_type_hints(function)] == []
+
+
+def test_every_json_is_used() -> None:
+    """A parameter that nobody looks at would print lines for people to a script."""
+    unused = [
+        name for name, function in functions().items() if not re.search(r"\bjson\b", _body(inspect.getsource(function)))
+    ]
+    assert unused == []
+
+
+def _body(source: str) -> str:
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    return "\n".join(ast.unparse(statement) for statement in function.body)
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert armchair("--version") == 0
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("armchair")
+
+
+def test_help_answers_without_torch_ray_prefect_or_pyarrow() -> None:
+    code = (
+        "import sys; from pipelines.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'ray', 'prefect', 'pyarrow', 'cv2') if m in sys.modules], file=sys.stderr)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert "Usage: armchair" in told.stdout
+    assert told.stderr.strip() == "[]"
+
+
+COMPLETE = """
+source "$1"; shift
+COMP_WORDS=(armchair "$@"); COMP_CWORD=$#
+_armchair
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["sta"], ["status"]),
+        (["train", "tok"], ["tokenizer"]),
+        (["status", "--wa"], ["--watch"]),
+        (["build", "--preset", "ti"], ["tiny"]),
+        (["ingest", "--set", "fetch.retr"], ["fetch.retries="]),
+    ],
+)
+def test_tab_completes_commands_options_presets_and_settings(
+    words: list[str], completed: list[str], tmp_path: Path
+) -> None:
+    """By bash itself, with the script that `armchair --install-completion` writes."""
+    script = tmp_path / "armchair.bash"
+    script.write_text(app.generate_completion(prog_name="armchair", shell="bash"))
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "-c", COMPLETE, "bash", str(script), *words]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert told.stdout.split() == completed, told.stderr
+
+
+def test_every_usage_and_storage_error_is_given_a_next_step() -> None:
+    """Two values: what happened, and what to do about it."""
+    without = [
+        f"{path.name}:{call.lineno}"
+        for room in ("pipelines", "ops", "infra")
+        for path in (REPO / room).glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and call.func.id in ("UsageError", "StorageError")
+        and len(call.args) != 2
+    ]
+    assert without == []
 
 
 def test_settings_are_told_with_value_doc_and_layer(capsys: pytest.CaptureFixture[str]) -> None:
