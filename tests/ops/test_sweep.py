@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
-from infra.store import TEMPORARY, LocalStore
+from infra.store import TEMPORARY, LocalStore, open_store
 from ops.demo_web import DemoWeb, serve
 from ops.errors import DamagedArtifact
 from ops.ingest import ingest_shard
 from ops.shards import GRACE_S, read_receipts
 from ops.sweep import sweep
+from tests.buckets import BUCKET
 from tests.pairs import assert_conserved, generated, pending, plan, reruns
 
 OLD = ("data/00000-0123456789abcdef.tar", "plan/00000-0123456789abcdef.parquet", f"data/{TEMPORARY}0f-00000.tar")
@@ -98,3 +100,17 @@ def test_a_shard_is_made_again_after_its_receipt_was_deleted_and_its_files_swept
     for task in pending(store):
         ingest_shard(task)
     assert_conserved(store, pairs)
+
+
+def test_an_upload_that_was_never_ended_is_swept_from_a_bucket(bucket: str) -> None:
+    """It is paid for, and no listing of objects shows it."""
+    store = open_store(bucket)
+    name = f"{bucket.removeprefix(f's3://{BUCKET}/')}/data/00000-0123456789abcdef.tar"
+    client = boto3.client("s3")
+    upload = client.create_multipart_upload(Bucket=BUCKET, Key=name)["UploadId"]
+    client.upload_part(Bucket=BUCKET, Key=name, UploadId=upload, PartNumber=1, Body=b"half")
+    client.close()
+    assert sweep(store) == [], "young"
+    [swept] = sweep(store, grace_s=-60)
+    assert swept.startswith("data/.tmp-")
+    assert list(store.list(temporary=True)) == []

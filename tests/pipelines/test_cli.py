@@ -65,7 +65,7 @@ def test_every_command_and_every_parameter_has_help(command: str, capsys: pytest
         (["build", "{list}", "--into", "{tmp}/run", "--preset", "demmo"], 2, r"Did you mean demo\?"),
         (["build", "{list}", "--into", "{tmp}/run", "--set", "dvae.vocab=3"], 2, r"did you mean dvae\.vocabulary\?"),
         (["build", "{list}", "--into", "{list}"], 2, "is a file"),
-        (["build", "{list}", "--into", "s3://bucket/run"], 3, "only local paths"),
+        (["build", "{list}", "--into", "gopher://bucket/run"], 3, "Use a local path or s3://bucket/prefix"),
         (["status", "{tmp}/nothing"], 2, "nothing is planned"),
         (["generate", "{tmp}/nothing", "a cat"], 2, "holds no|does not exist"),
         (["rerun", "{tmp}/nothing", "--shards", "3-x"], 2, "no shard or range"),
