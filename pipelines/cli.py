@@ -480,6 +480,9 @@ def main(arguments: list[str] | None = None) -> None:
     except StoreError as error:
         print(f"armchair: {error}", file=sys.stderr)
         sys.exit(3)
+    except BrokenPipeError:  # `armchair status | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except FileNotFoundError as error:
         print(f"armchair: {error.filename or error} does not exist. Check the path.", file=sys.stderr)
         sys.exit(2)

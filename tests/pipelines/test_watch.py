@@ -107,3 +107,15 @@ def test_on_a_terminal_the_table_is_drawn_and_a_plain_one_stays_after_ctrl_c(sto
         assert watch.wait(30) == 0
     os.close(ours)
     os.close(its)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(store: LocalStore) -> None:
+    """`armchair status DIR | head -1`."""
+    command = f"{{ {sys.executable} -m pipelines status {store.root}; echo code $? >&2; }} | true"
+    ended = subprocess.run(
+        ["bash", "-c", command],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stderr.split() == ["code", "0"]
