@@ -40,7 +40,9 @@ class BadList(UsageError):
     def __str__(self) -> str:
         path, line, what = self.args
         place = f"{path}, line {line}" if line is not None else str(path)
-        return f"{place}: {str(what).rstrip('.')}. Nothing was planned; correct the list and run the same command again."
+        return (
+            f"{place}: {str(what).rstrip('.')}. Nothing was planned; correct the list and run the same command again."
+        )
 
 
 class BadSetting(UsageError):
@@ -87,7 +89,8 @@ class DamagedArtifact(StorageError):
         path, expected, found = self.args
         return (
             f"{path} is damaged: {expected} was recorded, found {found}. Restore the file from a copy; "
-            "if a receipt names it, deleting that receipt lets the stage make the shard again."
+            "if a receipt names it, delete that receipt and run the same command again: a shard is made anew, "
+            "a training goes on from the checkpoint before."
         )
 
 

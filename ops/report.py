@@ -350,7 +350,7 @@ def _versions(
         for version, stages in versions.items():
             rows.append((name if len(versions) == 1 else f"{name} ({', '.join(stages)})", version))
     for stage in ("tokenizer", "model"):
-        record = problems.tried(f"{stage}/run.json", read_run, stores[stage]) or {}
+        record = problems.tried(f"{stage}/runs", read_run, stores[stage]) or {}
         if record.get("host"):
             rows.append((f"machine that trained the {stage}", str(record["host"])))
     return [Table("Versions and machines", ("", ""), rows)] if rows else []

@@ -366,7 +366,7 @@ def _is_only_charted(mark: Mark) -> bool:
 def _training_state(
     of: Training, store: Store, checkpoint: Checkpoint | None, steps: int | None, makes: str, problems: Problems
 ) -> tuple[Stage, list[Step]]:
-    record = problems.tried(f"{of.name}/run.json", read_run, store) or {}
+    record = problems.tried(f"{of.name}/runs", read_run, store) or {}
     done = checkpoint.step if checkpoint else 0
     value, note = f"{done:,}", f"of {steps:,} updates" if steps else "updates"
     share = done / steps if steps else None

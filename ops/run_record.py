@@ -1,64 +1,108 @@
-"""Who trains in a directory: run.json, rewritten every few seconds as a sign of life, read as progress.
+"""Who trains in a directory. Each start of workers is a run with a number of its own, and the highest number owns it.
 
-Two trainings on one directory would overwrite each other's checkpoints, so a second start is refused while the first
-gives signs of life, and a run that finds another's name in the record stops. May not live here: what is trained.
+    runs/0003/driver.json   put only if absent: of two that start in the same moment one wins. Then its sign of life
+    runs/0003/worker.json   sign of life and progress of rank 0                      runs/0003/stop.json   "end, please"
+
+A second start is refused while the first gives signs of life. A run that finds a higher number stops and writes nothing
+more: it may have been frozen, or have lost its driver, while another took over. Each file has one writer, so that one
+that wakes up late can't speak in the name of another. May not live here: what is trained.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from infra.store import Store
 from ops.errors import RunAlive
 
 FORMAT = 1
-RUN, STOP = "run.json", "stop.json"
-HEARTBEAT_S = 5.0
+RUNS = "runs/"
+HEARTBEAT_S = 2.0
 ALIVE_S = 60.0
-"""A record that is older than this is of a dead run, wherever that was."""
+"""A run that has been silent for longer is dead, wherever it was."""
+_DRIVER = re.compile(r"runs/(\d{4,})/driver\.json")
+
+Who = Literal["driver", "worker"]
 
 
-def claim_run(store: Store, run: str) -> None:
-    """Writes the name of this run into the record. Raises RunAlive if another one's sign of life is young.
+def claim_run(store: Store) -> int:
+    """Makes a new run the owner of the directory, and returns its number.
 
-    A record of a process of this machine that is gone does not block. Two that start in the same moment both pass
-    here; the later name stays in the record, and the other run stops at its first heartbeat.
+    Raises RunAlive if the run there may be alive: its last sign of life is young, and its driver is no process of this
+    machine that is gone. Workers outlive their driver for seconds; the new number is what ends them.
     """
-    alive = read_run(store)
-    if alive is not None and alive["state"] == "running" and alive["run"] != run and _may_live(alive):
-        raise RunAlive(store.location, f"process {alive['pid']} on {alive['host']}", alive["age_s"])
-    store.delete(STOP)
-    _put(store, run, "running", {})
+    last = read_run(store)
+    if last is not None and last["state"] == "running" and _may_live(last):
+        raise _alive(store, last)
+    run = last["run"] + 1 if last else 1
+    if not store.put(_key(run, "driver"), _record(run, "running", {})):
+        raise _alive(store, read_run(store) or {})  # the other of two that started in the same moment
+    return run
 
 
-def end_run(store: Store, run: str, state: str) -> None:
-    """The last word of a run, unless another has taken over meanwhile: "done", "stopped", "diverged" or "failed"."""
-    found = read_run(store)
-    if found is not None and found["run"] == run:
-        facts: dict[str, Any] = {name: found[name] for name in ("step", "steps", "loss") if name in found}
-        _put(store, run, state, facts)
-    store.delete(STOP)
+def end_run(store: Store, run: int, state: str) -> None:
+    """The last word of a run's driver: "done", "stopped", "diverged" or "failed"."""
+    store.put(_key(run, "driver"), _record(run, state, {}), if_absent=False)
 
 
-def ask_to_stop(store: Store, run: str) -> None:
+def ask_to_stop(store: Store, run: int) -> None:
     """Asks a run, wherever it is, to end at its next heartbeat."""
-    store.put(STOP, json.dumps({"format": FORMAT, "run": run}).encode(), if_absent=False)
+    store.put(_key(run, "stop"), json.dumps({"format": FORMAT, "run": run}).encode(), if_absent=False)
+
+
+def check_owner(store: Store, run: int) -> None:
+    """Raises RunAlive if another run owns the directory: asked before each write."""
+    if _latest(store) > run:
+        raise _alive(store, read_run(store) or {})
 
 
 def read_run(store: Store) -> dict[str, Any] | None:
-    """The record with `age_s`, the seconds since its last sign of life by the store's clock; None if there is none."""
-    entry = store.stat(RUN)
-    if entry is None:
-        return None
-    record: dict[str, Any] = json.loads(store.read(RUN))
-    return record | {"age_s": max(0.0, store.clock_s() - entry.modified_s)}
+    """The record of the latest run; None if nobody ever trained here.
+
+    The driver's words (`run`, `state`, `host`, `pid`), and of its rank 0 the progress and `worker` (`host`, `pid`).
+    `age_s` are the seconds since the younger of both signs of life, by the store's clock.
+    """
+    run = _latest(store)
+    return _read(store, run) if run else None
+
+
+def read_runs(store: Store) -> list[dict[str, Any]]:
+    """The records of all runs, in their order."""
+    return [_read(store, run) for run in range(1, _latest(store) + 1)]
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Who it is, in words."""
+    return f"process {record.get('pid', '?')} on {record.get('host', '?')}"
+
+
+def _latest(store: Store) -> int:
+    return max((int(match[1]) for entry in store.list(RUNS) if (match := _DRIVER.fullmatch(entry.key))), default=0)
+
+
+def _read(store: Store, run: int) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(store.read(_key(run, "driver")))
+    seen = store.stat(_key(run, "driver"))
+    signs = [seen.modified_s] if seen else []
+    worker = store.stat(_key(run, "worker"))
+    if worker is not None:
+        told = json.loads(store.read(_key(run, "worker")))
+        signs.append(worker.modified_s)
+        record = told | record | {"worker": {name: told[name] for name in ("host", "pid")}}
+    return record | {"age_s": max(0.0, store.clock_s() - max(signs, default=0.0))}
+
+
+def _alive(store: Store, record: dict[str, Any]) -> RunAlive:
+    return RunAlive(store.location, describe(record), record.get("age_s", 0.0))
 
 
 def _may_live(record: dict[str, Any]) -> bool:
@@ -72,34 +116,51 @@ def _may_live(record: dict[str, Any]) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    started = _started(record["pid"])
+    return started is not None and started == record["started"]
 
 
-def _put(store: Store, run: str, state: str, facts: dict[str, Any]) -> None:
+def _started(pid: int) -> str | None:
+    """When a process began, so that another one with its number is not taken for it; None: a corpse nobody took away.
+    Where there is no /proc, all begin alike."""
+    if not Path("/proc/self/stat").exists():
+        return ""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[19] if fields[0] != "Z" else None
+
+
+def _key(run: int, what: str) -> str:
+    return f"{RUNS}{run:04d}/{what}.json"
+
+
+def _record(run: int, state: str, facts: dict[str, Any]) -> bytes:
     record = {
         "format": FORMAT,
         "run": run,
         "state": state,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "started": _started(os.getpid()),
         "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         **facts,
     }
-    store.put(RUN, json.dumps(record, indent=1).encode(), if_absent=False)
+    return json.dumps(record, indent=1).encode()
 
 
 class Heartbeat:
-    """Signs of life in a thread, as a `with` block around the loop. `facts` (progress) go into the record.
+    """Signs of life in a thread, as a `with` block around the work of the driver or of rank 0.
 
-    `must_stop` becomes true when the run was asked to stop, or when another run took the directory over
-    (`taken_by` then says who).
+    `facts` (progress) go into the record. `must_stop` becomes true when the run was asked to stop, when its driver has
+    ended, or when another run took the directory over.
     """
 
-    def __init__(self, store: Store, run: str) -> None:
+    def __init__(self, store: Store, run: int, who: Who) -> None:
         self.facts: dict[str, Any] = {}
         self.must_stop = False
-        self.taken_by: dict[str, Any] | None = None
-        self._store, self._run = store, run
+        self._store, self._run, self._who = store, run, who
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -114,12 +175,6 @@ class Heartbeat:
         self._ended.set()
         self._thread.join()
 
-    def raise_if_taken(self) -> None:
-        """Raises RunAlive if another run took the directory over."""
-        if self.taken_by is not None:
-            who = f"process {self.taken_by['pid']} on {self.taken_by['host']}"
-            raise RunAlive(self._store.location, who, self.taken_by["age_s"])
-
     def _beat(self) -> None:
         beaten_s = time.monotonic()
         while not self._ended.wait(HEARTBEAT_S):
@@ -132,12 +187,8 @@ class Heartbeat:
 
     def _look_and_put(self) -> None:
         found = read_run(self._store)
-        if found is not None and found["run"] != self._run:
-            self.taken_by, self.must_stop = found, True
-            return
-        if found is not None and found["state"] != "running":  # its driver has ended already
+        if found is None or found["run"] != self._run or found["state"] != "running":
             self.must_stop = True
             return
-        if self._store.stat(STOP) is not None and json.loads(self._store.read(STOP))["run"] == self._run:
-            self.must_stop = True
-        _put(self._store, self._run, "running", dict(self.facts))
+        self.must_stop = self.must_stop or self._store.stat(_key(self._run, "stop")) is not None
+        self._store.put(_key(self._run, self._who), _record(self._run, "running", dict(self.facts)), if_absent=False)

@@ -1,6 +1,7 @@
 """What a trained stage holds on disk (tokenizer/, model/): checkpoints, metrics, and the models that are read back.
 
-    steps/0000500/{model.safetensors, ema.safetensors, state.pt, receipt.json}   committed iff its receipt is there
+    steps/0000500/{model-1f3a….safetensors, ema-….safetensors, state-….pt, receipt.json}   committed iff its receipt is
+                              there; files are named by their digest, so that no other run's write can damage them
     metrics/0000500.jsonl     rows since the checkpoint before       sheets/0000500.png   the same pictures each time
     tokenizer/                the frozen tokenizer that made the codes, in TOKENS and MODEL, so that each stands alone
 
@@ -13,14 +14,15 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from infra.store import Store, open_store
 from ops.errors import DamagedArtifact, UsageError
-from ops.recipes import canonical_json, file_sha256, read_json, sha256
+from ops.recipes import canonical_json, file_sha256, parse_sealed, read_json, seal, sha256
 from ops.shards import FileRef, read_verified
 
 if TYPE_CHECKING:
@@ -40,24 +42,34 @@ _RECEIPT = re.compile(r"steps/(\d{7,})/receipt\.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed step: `step` updates were done on positions below `cursor`. `weights` names the file to use (the
-    averaged weights where there are any), `digest` is its sha256: the name of the model at this step."""
+    """A committed step: `step` updates were done on the positions below `cursor`, where a resume reads on.
+
+    Learning rate, temperature and KL weight are functions of the step, and all randomness is one of the seed and the
+    position: they need no place here. `weights` names the file to use (the averaged weights where there are any),
+    `digest` is its sha256: the name of the model at this step. `made_with` is what decides the last bits of the weights
+    besides the recipe: workers, threads, device. It is compared in words, and never refused.
+    """
 
     step: int
     cursor: int
     weights: str
     digest: str
     files: dict[str, FileRef]
+    made_with: dict[str, Any] = field(default_factory=dict)
 
 
 def latest_checkpoint(store: Store) -> Checkpoint | None:
-    """The highest step with a receipt, or None. Raises UnknownFormat."""
+    """The highest step with a receipt, or None. Raises DamagedArtifact for a receipt that is cut, UnknownFormat."""
     steps = [int(match[1]) for entry in store.list("steps/") if (match := _RECEIPT.fullmatch(entry.key))]
-    if not steps:
-        return None
-    found = read_json(store, f"steps/{max(steps):07d}/receipt.json", FORMAT)
-    files = {name: FileRef(**ref) for name, ref in found["files"].items()}
-    return Checkpoint(found["step"], found["cursor"], found["weights"], found["digest"], files)
+    return read_checkpoint(store, max(steps)) if steps else None
+
+
+def read_checkpoint(store: Store, step: int) -> Checkpoint:
+    """The checkpoint of a step that has a receipt. Raises DamagedArtifact, UnknownFormat."""
+    key = f"steps/{step:07d}/receipt.json"
+    found = parse_sealed(store.read(key), f"{store.location}/{key}", FORMAT)
+    files = {name: FileRef(**ref) for name, ref in found.pop("files").items()}
+    return Checkpoint(files=files, **{name: value for name, value in found.items() if name != "format"})
 
 
 def write_checkpoint(
@@ -68,23 +80,32 @@ def write_checkpoint(
     rows: list[dict[str, Any]],
     sheet: bytes | None,
     keep: int,
+    made_with: Mapping[str, Any] = MappingProxyType({}),
+    check_owner: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Commits a step: files, sheet and metrics first, the receipt last. Then removes all but the `keep` newest steps.
 
-    A step that an earlier run left without its receipt is overwritten.
+    `check_owner` raises if the directory belongs to another run; it is asked before each write. A step that an earlier
+    run left without its receipt is overwritten.
     """
+
+    def put(key: str, data: bytes | Path) -> None:
+        check_owner()
+        store.put(key, data, if_absent=False)
+
     refs = {}
     for name, path in files.items():
-        refs[name] = FileRef(f"steps/{step:07d}/{name}", path.stat().st_size, file_sha256(path))
-        store.put(refs[name].key, path, if_absent=False)
+        digest, (stem, extension) = file_sha256(path), name.split(".")
+        refs[name] = FileRef(f"steps/{step:07d}/{stem}-{digest[:16]}.{extension}", path.stat().st_size, digest)
+        put(refs[name].key, path)
     if sheet is not None:
-        store.put(f"sheets/{step:07d}.png", sheet, if_absent=False)
+        put(f"sheets/{step:07d}.png", sheet)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    store.put(f"metrics/{step:07d}.jsonl", lines.encode(), if_absent=False)
+    put(f"metrics/{step:07d}.jsonl", lines.encode())
     weights = EMA if EMA in refs else MODEL
-    checkpoint = Checkpoint(step, cursor, weights, refs[weights].sha256, refs)
-    receipt = json.dumps({"format": FORMAT, **asdict(checkpoint)}, indent=1, sort_keys=True)
-    store.put(f"steps/{step:07d}/receipt.json", receipt.encode(), if_absent=False)
+    checkpoint = Checkpoint(step, cursor, weights, refs[weights].sha256, refs, dict(made_with))
+    put(f"steps/{step:07d}/receipt.json", seal({"format": FORMAT, **asdict(checkpoint)}))
+    check_owner()
     _prune(store, keep)
     return checkpoint
 
@@ -104,10 +125,13 @@ def read_metrics(store: Store) -> list[dict[str, Any]]:
     latest = latest_checkpoint(store)
     if latest is None:
         return []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in store.list("metrics/"):
         if int(Path(entry.key).stem) <= latest.step:
-            rows += [json.loads(line) for line in store.read(entry.key).splitlines()]
+            found = [json.loads(line) for line in store.read(entry.key).splitlines()]
+            # One that a run wrote after another had taken over says again what is known.
+            known = rows[-1]["step"] if rows else -1
+            rows += [row for row in found if row["step"] > known]
     return rows
 
 
@@ -227,11 +251,12 @@ def check_finished(tokenizer: str) -> None:
         )
 
 
-def forget_after(store: Store, step: int) -> None:
+def forget_after(store: Store, step: int, check_owner: Callable[[], None] = lambda: None) -> None:
     """Removes metrics and sheets past `step`, which a run left whose checkpoint was never committed."""
     for prefix in ("metrics/", "sheets/"):
         for entry in list(store.list(prefix)):
             if int(Path(entry.key).stem) > step:
+                check_owner()
                 store.delete(entry.key)
 
 

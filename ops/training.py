@@ -7,10 +7,11 @@ May not live here: the loop (ops/training_loop.py), what is learned (ops/learnin
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,16 +20,20 @@ from ops.errors import ArmchairError, Diverged, StorageError
 from ops.jobs import Job, Place, Worker
 from ops.learning import check_fit, make_bpe
 from ops.recipes import start_stage
-from ops.run_record import HEARTBEAT_S, ask_to_stop, claim_run, end_run, read_run
+from ops.run_record import HEARTBEAT_S, Heartbeat, ask_to_stop, claim_run, end_run, read_run
 from ops.snapshot import SNAPSHOT, Kind, read_snapshot, source_fingerprint, take_snapshot
 from ops.trained import Checkpoint, freeze_tokenizer, latest_checkpoint, read_metrics, tokenizer_digest
 from ops.training_loop import run_loop
 
 NOT_IDENTITY = ("checkpoint_every", "keep_checkpoints", "log_every", "evaluate_pictures", "prompts")
 """Training settings that do not change the weights: they may differ when a run goes on."""
+SOURCES = {"tokenizer": "pairs", "transformer": "tokens"}
 KINDS: dict[str, Kind] = {"tokenizer": "pictures", "transformer": "codes"}
 RESTARTS = 2
-"""How often a run whose workers died (killed, out of memory, node gone) is started again from its checkpoint."""
+"""How often workers that died (killed, out of memory, node gone) are started again without a new checkpoint between."""
+SILENCE_S = 8.0
+"""A line of progress comes at least this often, whatever is being done."""
+Say = Callable[[str], None]
 COLLECTIVE_TIMEOUT_S = 1800
 """The other ranks wait this long while rank 0 evaluates and writes a checkpoint."""
 
@@ -44,31 +49,30 @@ class Trained:
     was_done: bool
 
 
-def train(job: Job, place: Place, say: Callable[[str], None] = lambda line: None) -> Trained:
+def train(job: Job, place: Place, say: Say = lambda line: None) -> Trained:
     """Trains on the connected Ray until `steps`, from the latest checkpoint on; at once if that is reached already.
 
     `say` gets a line of progress every few seconds. Raises what `prepare` raises, RunAlive, and Diverged. A stopped
     or killed run goes on when the same job is given again.
     """
     into = open_store(job.into)
-    prepare(job)
-    latest = latest_checkpoint(into)
+    prepare(job, say)
+    deaths, latest = 0, latest_checkpoint(into)
     if latest is not None and latest.step >= job.training.steps:
         return _where_it_stands(into, latest, was_done=True)
-    run = secrets.token_hex(6)
-    claim_run(into, run)
-    state = "stopped"
-    try:
-        _fit(job, place, run, say)
-        state = "done"
-    except ArmchairError as error:
-        state = "diverged" if isinstance(error, Diverged) else "failed"
-        raise
-    except Exception:
-        state = "failed"
-        raise
-    finally:
-        end_run(into, run, state)
+    while True:
+        try:
+            # Each start of workers is a run: those that were given up may be frozen only, and must find a later number.
+            with _run(job) as run:
+                _fit(job, place, run, say)
+            break
+        except _WorkersDied as died:
+            before, latest = latest, latest_checkpoint(into)
+            deaths = deaths + 1 if latest == before else 1
+            if deaths > RESTARTS:
+                raise died.error from None
+            step = latest.step if latest else 0
+            say(f"{job.kind:<12}a worker died ({died}); starting again from step {step}, the last checkpoint")
     latest = latest_checkpoint(into)
     if latest is None or latest.step < job.training.steps:
         raise StorageError(f"{job.into}: the run ended before its last checkpoint.", "Run the same command again.")
@@ -82,18 +86,33 @@ def train_here(job: Job, threads: int | None = None, stop_after: int | None = No
     as a stop from outside would: what is past the last checkpoint is done again by the next call."""
     into = open_store(job.into)
     prepare(job)
-    run = secrets.token_hex(6)
-    claim_run(into, run)
-    state = "stopped"
-    try:
+    with _run(job) as run:
         run_loop(job, Worker(threads=threads), run, stop_after)
-        state = "stopped" if stop_after else "done"
-    finally:
-        end_run(into, run, state)
     latest = latest_checkpoint(into)
     if latest is None:
         raise StorageError(f"{job.into}: the run ended before its first checkpoint.", "Run the same command again.")
     return _where_it_stands(into, latest, was_done=False)
+
+
+@contextmanager
+def _run(job: Job) -> Iterator[int]:
+    """A run of this process: claimed, with signs of life, and its end in its record. Raises RunAlive."""
+    into = open_store(job.into)
+    run = claim_run(into)
+    state = "stopped"
+    try:
+        with Heartbeat(into, run, "driver"):
+            yield run
+        latest = latest_checkpoint(into)
+        state = "done" if latest is not None and latest.step >= job.training.steps else "stopped"
+    except ArmchairError as error:
+        state = "diverged" if isinstance(error, Diverged) else "failed"
+        raise
+    except Exception:
+        state = "failed"
+        raise
+    finally:
+        end_run(into, run, state)
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -103,13 +122,23 @@ def identity(job: Job) -> dict[str, Any]:
     return {model: asdict(job.model), f"{job.kind}_training": training}
 
 
-def prepare(job: Job) -> None:
+def prepare(job: Job, say: Say = lambda line: None) -> None:
     """Checks the source, writes recipe.json, pins the snapshot, and makes what is made once (frozen tokenizer, BPE).
 
     Raises UsageError for a source that is none or selects nothing, RecipeChanged if the stage was made otherwise.
     """
+    with _telling(say, f"{job.kind:<12}looks at the shards of {job.source}, and pins them"):
+        _start(job)
+    if job.kind == "transformer":
+        into = open_store(job.into)
+        with _telling(say, f"{job.kind:<12}learns the tokens of the captions"):
+            freeze_tokenizer(job.source, into)
+            make_bpe(job, into, read_snapshot(into))
+
+
+def _start(job: Job) -> None:
     into, source = open_store(job.into), open_store(job.source)
-    inputs = {"source": source_fingerprint(source)}
+    inputs = {"source": source_fingerprint(source, SOURCES[job.kind])}
     if job.kind == "transformer":
         inputs["tokenizer"] = tokenizer_digest(job.source)
         check_fit(job)
@@ -118,9 +147,24 @@ def prepare(job: Job) -> None:
     start_stage(into, job.kind, identity(job), inputs, ways_out)
     if taken is not None:
         into.put(SNAPSHOT, taken.to_json())
-    if job.kind == "transformer":
-        freeze_tokenizer(job.source, into)
-        make_bpe(job, into, read_snapshot(into))
+
+
+@contextmanager
+def _telling(say: Say, what: str) -> Iterator[None]:
+    """Says `what` and for how long it has been going on, if the `with` block takes its time."""
+    ended, began_s = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(SILENCE_S / 2):
+            say(f"{what}   {time.monotonic() - began_s:.0f} s")
+
+    thread = threading.Thread(target=tell, name="telling", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # On Ray ---------------------------------------------------------------------------------------------------------------
@@ -139,36 +183,71 @@ def _on_ray(config: dict[str, Any]) -> None:
     run_loop(config["job"], worker, config["run"])
 
 
-def _fit(job: Job, place: Place, run: str, say: Callable[[str], None]) -> None:
+class _WorkersDied(Exception):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(", ".join(sorted({type(failure).__name__ for failure in _worker_failures(error)})))
+        self.error = error
+
+
+def _fit(job: Job, place: Place, run: int, say: Say) -> None:
     """Runs `_on_ray` on Ray Train in a thread, and tells progress from here. What is left by an exception (Ctrl-C, a
-    flow that is cancelled) asks the run to stop and waits for it."""
+    flow that is cancelled) asks the run to stop and waits for it. Raises _WorkersDied, or what a worker raised."""
     into = open_store(job.into)
-    for _ in range(1 + RESTARTS):
-        failures: list[BaseException] = []
-        thread = threading.Thread(target=_fit_once, args=(job, place, run, failures), name="ray-train", daemon=True)
-        thread.start()
-        last_step = None
-        try:
-            while thread.is_alive():
-                thread.join(HEARTBEAT_S)
-                told = read_run(into)
-                if thread.is_alive() and told is not None and told.get("step") != last_step:
-                    say(progress_line(job.kind, told))
-                    last_step = told["step"]
-        finally:
-            if thread.is_alive():
-                ask_to_stop(into, run)
-                thread.join(2 * HEARTBEAT_S)
-        if not failures:
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=_fit_once, args=(job, place, run, failures), name="ray-train", daemon=True)
+    thread.start()
+    told = _Told(job, say)
+    try:
+        while thread.is_alive():
+            thread.join(HEARTBEAT_S)
+            record = read_run(into)
+            if thread.is_alive() and record is not None and record["run"] == run:
+                told.look(record)
+    finally:
+        if thread.is_alive():
+            ask_to_stop(into, run)
+            thread.join(5 * HEARTBEAT_S)
+    if failures:
+        raise _WorkersDied(failures[0]) if _workers_died(failures[0], place) else _cause(failures[0])
+
+
+class _Told:
+    """What was told of a run: a line for each new step, and one for what takes longer than `SILENCE_S`."""
+
+    def __init__(self, job: Job, say: Say) -> None:
+        self._job, self._say = job, say
+        self._began_s = self._spoke_s = time.monotonic()
+        self._step, self._doing = None, "starts its workers"
+        latest = latest_checkpoint(open_store(job.into))
+        self._made_with = latest.made_with if latest else {}
+
+    def look(self, record: Mapping[str, Any]) -> None:
+        """Says what is new in the run record."""
+        now_s = time.monotonic()
+        if "made_with" in record and self._made_with:
+            self._tell_of_other_bytes(record["made_with"])
+        if record.get("doing", self._doing) != self._doing:
+            self._doing, self._began_s = record["doing"], now_s
+        if record.get("step") != self._step:
+            self._step = record["step"]
+            line = progress_line(self._job.kind, record)
+        elif now_s - self._spoke_s < SILENCE_S - HEARTBEAT_S:
             return
-        if not _workers_died(failures[0], place):
-            raise _cause(failures[0])
-        why = ", ".join(sorted({type(failure).__name__ for failure in _worker_failures(failures[0])}))
-        say(f"{job.kind:<12}a worker died ({why}); starting again from the last checkpoint")
-    raise _cause(failures[0])
+        else:
+            at = f"step {self._step}: " if self._step is not None else ""
+            line = f"{self._job.kind:<12}{at}{self._doing}   {now_s - self._began_s:.0f} s"
+        self._spoke_s = now_s
+        self._say(line)
+
+    def _tell_of_other_bytes(self, now: Mapping[str, Any]) -> None:
+        was, self._made_with = self._made_with, {}
+        changed = [f"{name} was {was[name]}, now {now.get(name)}" for name in was if was[name] != now.get(name)]
+        if changed:
+            told = f"goes on, and the weights may differ in their last bits: {'; '.join(changed)}"
+            self._say(f"{self._job.kind:<12}{told}")
 
 
-def _fit_once(job: Job, place: Place, run: str, failures: list[BaseException]) -> None:
+def _fit_once(job: Job, place: Place, run: int, failures: list[BaseException]) -> None:
     try:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -181,7 +260,7 @@ def _fit_once(job: Job, place: Place, run: str, failures: list[BaseException]) -
                 train_loop_config={"job": _absolute(job), "place": place, "run": run},
                 scaling_config=scaling,
                 torch_config=backend,
-                run_config=RunConfig(name=run, storage_path=directory),
+                run_config=RunConfig(name=f"{job.kind}-{run}", storage_path=directory),
             ).fit()
     except BaseException as error:  # carried to the thread that waits
         failures.append(error)

@@ -2,7 +2,8 @@
 
 A batch is the global positions [step·B, (step + 1)·B); each rank takes its contiguous slice, holes are left out. The
 objective is a sum over what is valid divided by its count over *all* ranks, and gradients are summed, so one worker and
-two follow the same path up to rounding. A resume starts at the latest checkpoint, and the cursor is one number.
+two follow the same path up to rounding. A resume starts at the latest checkpoint, and the cursor is one number. With
+as many workers and threads, on the same kind of processor, it repeats the bytes of a run that was never disturbed.
 May not live here: what is learned (ops/learning.py), what a checkpoint holds (ops/trained.py), how a run is launched.
 """
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +24,11 @@ from infra.store import Store, open_store
 from models.ema import Ema
 from models.optimizer import parameter_groups
 from models.schedules import learning_rate
-from ops.errors import Diverged
+from ops.errors import DamagedArtifact, Diverged
 from ops.jobs import Job, TrainSettings, Worker
 from ops.learning import LEARN, Learning, Measured
 from ops.reader import Prefetch
-from ops.run_record import Heartbeat
+from ops.run_record import Heartbeat, check_owner
 from ops.shards import scratch_directory
 from ops.snapshot import read_snapshot
 from ops.trained import (
@@ -37,6 +40,7 @@ from ops.trained import (
     latest_checkpoint,
     load_state,
     load_weights,
+    read_checkpoint,
     read_checkpoint_file,
     save_weights,
     write_checkpoint,
@@ -54,7 +58,9 @@ class _Run:
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     heart: Heartbeat | None
+    check_owner: Callable[[], None]
     last_good: int | None
+    cursor: int
     begun_cpu_s: float
     rows: list[dict[str, Any]]
 
@@ -75,37 +81,68 @@ class _Update:
     must_stop: bool
 
 
-def run_loop(job: Job, worker: Worker, run: str, stop_after: int | None = None) -> None:
-    """One rank's whole life: load or initialise, then train to the end. Needs `prepare`, and `claim_run` for `run`.
+def run_loop(job: Job, worker: Worker, run: int, stop_after: int | None = None) -> None:
+    """One rank's whole life: load or initialise, then train to the end. Needs `prepare`, and `run` of `claim_run`.
 
     Raises Diverged at the first step whose loss or gradient is not finite, before it touches the weights; RunAlive if
     another run took the directory over. Returns early if it was asked to stop.
     """
     begun_cpu_s = time.process_time()
     store, settings = open_store(job.into), job.training
+    owns = partial(check_owner, store, run)
     if worker.threads is not None:
         torch.set_num_threads(worker.threads)
-    learning = LEARN[job.kind](job, store, read_snapshot(store), worker)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(learning.model, settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_eps,
-        fused=True,
-    )
-    checkpoint = latest_checkpoint(store)
-    if checkpoint is None:
-        learning.initialise()
-    ema = Ema(learning.model, settings.ema, settings.ema_every, settings.ema_warmup) if settings.ema else None
-    if checkpoint is not None:
-        _restore(store, checkpoint, learning, optimizer, ema)
-    first = checkpoint.step if checkpoint else None
-    if worker.rank == 0:
-        forget_after(store, first or 0)
-    with Heartbeat(store, run) if worker.rank == 0 else contextlib.nullcontext() as heart:
-        _steps(_Run(job, worker, store, learning, optimizer, ema, heart, first, begun_cpu_s, []), stop_after)
+    with Heartbeat(store, run, "worker") if worker.rank == 0 else contextlib.nullcontext() as heart:
+        _doing(heart, "prepares the model")
+        learning = LEARN[job.kind](job, store, read_snapshot(store), worker)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(learning.model, settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            fused=True,
+        )
+        checkpoint = _agreed_checkpoint(store, worker)
+        if checkpoint is None:
+            learning.initialise()
+            _share_weights(learning.model, worker)
+        ema = Ema(learning.model, settings.ema, settings.ema_every, settings.ema_warmup) if settings.ema else None
+        if checkpoint is not None:
+            _restore(store, checkpoint, settings.batch, learning, optimizer, ema)
+        first, cursor = (checkpoint.step, checkpoint.cursor) if checkpoint else (None, 0)
         if heart is not None:
-            heart.raise_if_taken()
+            heart.facts = heart.facts | {"from_step": first or 0, "made_with": made_with(worker)}
+            forget_after(store, first or 0, owns)
+        _steps(
+            _Run(job, worker, store, learning, optimizer, ema, heart, owns, first, cursor, begun_cpu_s, []), stop_after
+        )
+        if heart is not None:
+            owns()
+
+
+def _agreed_checkpoint(store: Store, worker: Worker) -> Checkpoint | None:
+    """The latest checkpoint as rank 0 sees it: a frozen run may commit one more between two ranks' looks."""
+    latest = latest_checkpoint(store) if worker.rank == 0 else None
+    step = int(worker.sum(torch.tensor(latest.step if latest else 0, dtype=torch.int64, device=worker.device)))
+    return latest or (read_checkpoint(store, step) if step else None)
+
+
+def _share_weights(model: torch.nn.Module, worker: Worker) -> None:
+    """Rank 0's initial weights on all ranks: on unlike machines those of one seed may differ in their last bits."""
+    for parameter in model.parameters() if worker.world > 1 else ():
+        worker.sum(parameter.data if worker.rank == 0 else parameter.data.zero_())
+
+
+def made_with(worker: Worker) -> dict[str, Any]:
+    """What decides the last bits of the weights besides the recipe: the order in which numbers are added up."""
+    is_gpu = worker.device == "cuda"
+    device = torch.cuda.get_device_name() if is_gpu else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    return {"workers": worker.world, "threads": torch.get_num_threads(), "device": device, "torch": torch.__version__}
+
+
+def _doing(heart: Heartbeat | None, what: str) -> None:
+    if heart is not None:
+        heart.facts = heart.facts | {"doing": what}
 
 
 def _steps(this: _Run, stop_after: int | None) -> None:
@@ -116,10 +153,12 @@ def _steps(this: _Run, stop_after: int | None) -> None:
 
     def batch(step: int) -> Any:
         begin, end = (min(rank * share, settings.batch) for rank in (worker.rank, worker.rank + 1))
-        return this.learning.batch(step * settings.batch + begin, step * settings.batch + end)
+        position = this.cursor + (step - first) * settings.batch
+        return this.learning.batch(position + begin, position + end)
 
     if first == 0 and worker.rank == 0:
         this.rows.append(_evaluate(this, 0))
+    _doing(this.heart, "trains")
     interval: list[_Update] = []
     marked_s, marked_wait_s, marked_cpu_s = time.perf_counter(), 0.0, this.begun_cpu_s
     with Prefetch(batch, first, last) as batches:
@@ -137,7 +176,7 @@ def _steps(this: _Run, stop_after: int | None) -> None:
                 cpu_s, marked_cpu_s = time.process_time() - marked_cpu_s, time.process_time()
                 this.rows.append(row | {"learning_rate": rate(settings, step), "cpu_s": cpu_s})
                 if this.heart is not None:
-                    this.heart.facts = _progress(row, settings.steps)
+                    this.heart.facts = this.heart.facts | _progress(row, settings.steps)
                 if is_checkpoint:
                     if worker.rank == 0:
                         _write(this, done)
@@ -238,12 +277,17 @@ def _progress(row: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _evaluate(this: _Run, step: int) -> dict[str, Any]:
+    _doing(this.heart, "evaluates")
     return {"kind": "evaluation", "step": step, **this.learning.evaluate(this.published, step)}
 
 
 def _write(this: _Run, step: int) -> None:
-    this.rows.append(_evaluate(this, step))
+    """Evaluates, draws and commits. Raises Diverged for weights that the last update made infinite: its own loss was
+    finite, and a checkpoint that can't be gone on from is no good one."""
     learning, settings = this.learning, this.job.training
+    if not all(bool(parameter.isfinite().all()) for parameter in learning.model.parameters()):
+        raise Diverged(this.job.into, step, this.last_good)
+    this.rows.append(_evaluate(this, step))
     with scratch_directory() as directory:
         files = {MODEL: directory / MODEL, STATE: directory / STATE}
         save_weights(files[MODEL], learning.model.state_dict(), learning.about)
@@ -252,14 +296,27 @@ def _write(this: _Run, step: int) -> None:
             save_weights(files[EMA], this.ema.module.state_dict(), learning.about)
         averagings = this.ema.averagings if this.ema else 0
         torch.save({"optimizer": this.optimizer.state_dict(), "averagings": averagings}, files[STATE])
-        cursor = step * settings.batch
+        _doing(this.heart, "draws its sheet")
         sheet = learning.sheet(this.published)
-        write_checkpoint(this.store, step, cursor, files, this.rows, sheet, settings.keep_checkpoints)
+        _doing(this.heart, "writes a checkpoint")
+        cursor, made = step * settings.batch, made_with(this.worker)
+        keep = settings.keep_checkpoints
+        write_checkpoint(this.store, step, cursor, files, this.rows, sheet, keep, made, this.check_owner)
+    _doing(this.heart, "trains")
 
 
 def _restore(
-    store: Store, checkpoint: Checkpoint, learning: Learning, optimizer: torch.optim.Optimizer, ema: Ema | None
+    store: Store,
+    checkpoint: Checkpoint,
+    batch: int,
+    learning: Learning,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
 ) -> None:
+    if checkpoint.cursor != checkpoint.step * batch:  # what is random hangs on the position, rates on the step
+        place = f"{store.location}/steps/{checkpoint.step:07d}/receipt.json"
+        raise DamagedArtifact(place, f"step {checkpoint.step} of {batch} positions", f"the cursor {checkpoint.cursor}")
+
     def weights(name: str) -> dict[str, Tensor]:
         return load_weights(read_checkpoint_file(store, checkpoint, name), f"{store.location}/{name}")[0]
 

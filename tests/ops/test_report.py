@@ -235,8 +235,7 @@ def test_a_training_that_has_not_ended_goes_on_with_the_same_command(copy):
     recipe.write_text(recipe.read_text().replace('"steps": 20', '"steps": 50'))
     assert states(copy)["Transformer"] == "unfinished"
     assert f"armchair train transformer {copy}/tokens --into {copy}/model" in commands(copy)
-    (copy / "model" / "run.json").unlink()
-    claim_run(LocalStore(copy / "model"), "a run that lives")
+    claim_run(LocalStore(copy / "model"))
     assert states(copy)["Transformer"] == "under way"
 
 
@@ -256,7 +255,7 @@ def test_a_training_before_its_first_checkpoint_is_told(copy):
         ("tokenizer/steps/0000020/receipt.json", "Tokenizer"),
         ("tokenizer/metrics/0000010.jsonl", "Tokenizer"),
         ("tokenizer/recipe.json", "Tokenizer"),
-        ("tokenizer/run.json", "Tokenizer"),
+        ("tokenizer/runs/0001/driver.json", "Tokenizer"),
         ("tokenizer/sheets/0000020.png", "Tokenizer"),
         ("tokens/receipts/00001.g0.json", "Codes"),
         ("tokens/data/*.parquet", "Codes"),

@@ -168,15 +168,16 @@ def test_a_training_is_told_by_its_run_record_and_its_last_checkpoint(tmp_path: 
     shutil.copytree(learned.tokenizer, tmp_path / "tokenizer")
     store = LocalStore(tmp_path / "tokenizer")
     store.delete("steps/0000020/receipt.json")  # as if it were under way
-    claim_run(store, "a run")
-    with Heartbeat(store, "a run") as heart:
+    run = claim_run(store)
+    with Heartbeat(store, run, "worker") as heart:
         heart.facts = {"step": 15, "steps": 20, "loss": 2.5, "steps_per_s": 3.0, "seconds_left": 1.7}
         heart._look_and_put()
         told = status(store)
     assert (told["stage"], told["state"], told["alive"]) == ("tokenizer", "running", True)
     assert (told["step"], told["checkpoint"], told["loss"], told["seconds_left"]) == (15, 10, 2.5, 1.7)
-    os.utime(store.root / "run.json", (1, 1))
+    for who in ("driver", "worker"):
+        os.utime(store.root / f"runs/{run:04d}/{who}.json", (1, 1))
     told = status(store)
     assert (told["state"], told["alive"], told["step"]) == ("interrupted", False, 10)
-    end_run(store, "a run", "diverged")
+    end_run(store, run, "diverged")
     assert status(store)["state"] == "diverged"
