@@ -3,7 +3,8 @@ driver with all of its Ray at once. (Workers outlive their driver long enough to
 
 A round waits until the server counted a request that was made after the round began, then a random time, then kills.
 Every second round also waits for a first receipt, so that there is something that could be fetched again. When all
-shards are committed before the rounds are over, a fresh directory with fresh pictures is taken.
+shards are committed before the rounds are over, a fresh directory with fresh pictures is taken. What is killed
+(`Driver`) is shared with the rounds against trainings (tests/training_rounds.py).
 """
 
 from __future__ import annotations
@@ -73,11 +74,12 @@ class Ground:
 
 
 class Driver:
-    """The ingest under fire: a process of its own session, and the Ray that it started."""
+    """A program under fire: a process of its own session, and the Ray that it started."""
 
-    def __init__(self, store: LocalStore) -> None:
-        command = [sys.executable, "-m", "tests.ingest_driver", str(store.root)]
-        self.process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, start_new_session=True)
+    def __init__(self, program: str, argument: Path, log: Path | None = None) -> None:
+        command = [sys.executable, "-m", program, str(argument)]
+        with (log or Path(os.devnull)).open("ab") as out:
+            self.process = subprocess.Popen(command, cwd=REPO, stdout=out, start_new_session=True)
         self.family: dict[int, str] = {}
 
     def note_family(self) -> None:
@@ -95,6 +97,10 @@ class Driver:
         """Process ids of living Ray workers of this driver that are at a shard, by their attempt records."""
         pids = [record["pid"] for record in map(lambda name: read_attempt(store, name), list_attempts(store))
                 if record["state"] == "running"]  # fmt: skip
+        return self.living(pids)
+
+    def living(self, pids: list[int]) -> list[int]:
+        """Those of some process ids that are of this driver's family, and alive."""
         return [pid for pid in pids if pid in self.family and is_alive(pid, self.family[pid])]
 
     def end(self) -> None:
@@ -145,7 +151,7 @@ def kill_rounds(
     try:
         while waiting:
             if driver is None:
-                driver = Driver(ground.store)
+                driver = Driver("tests.ingest_driver", ground.store.root)
             is_late = (len(victims) - len(waiting)) % 2 == 1
             met_here = strike(driver, ground.store, web, waiting[0], chance, is_late=is_late)
             if met_here is None:
@@ -162,7 +168,7 @@ def kill_rounds(
                 driver.end()
                 driver = None
         while len(committed_generations(ground.store)) < shards:  # again where three deaths left a shard open
-            driver = driver or Driver(ground.store)
+            driver = driver or Driver("tests.ingest_driver", ground.store.root)
             assert driver.process.wait(PATIENCE_S) == 0
             driver.end()
             driver = None
