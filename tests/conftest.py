@@ -9,6 +9,7 @@ import pytest
 
 from infra.cluster import Cluster, connect, quiet_environment
 from tests.buckets import BUCKET, Bucket, moto, seaweedfs
+from tests.ops.conftest import learned as learned
 
 quiet_environment()
 
