@@ -15,7 +15,7 @@ from models.sampling import SampleSettings
 from models.transformer import TransformerSettings
 from ops.jobs import Job, Place, TokenizerTrainSettings, TransformerTrainSettings
 from ops.run_record import read_run
-from ops.training import Trained, train
+from ops.training import Trained, prepare, train
 from pipelines.artifacts import Board
 from pipelines.waves import on_ray
 
@@ -52,6 +52,7 @@ def train_transformer(
 
 def _train(job: Job, cluster: Cluster, place: Place) -> dict[str, Any]:
     store = open_store(job.into)
+    prepare(job)  # what can be refused is refused before Ray starts
     with Board(f"train-{job.kind}", job.into) as board, on_ray(cluster, board):
 
         def say(line: str) -> None:

@@ -122,8 +122,9 @@ def test_an_offset_that_leads_elsewhere_is_found(store: LocalStore) -> None:
         offsets = [at and at + 1 for at in table["tar_offset"].to_pylist()]
         return table.set_column(table.column_names.index("tar_offset"), "tar_offset", pa.array(offsets, pa.int64()))
 
+    kept = [row for row in read_table(store, read_receipts(store)[1]).to_pylist() if row["status"] == "success"]
     rewrite(store, 1, table_change(shifted))
-    assert "1: 000010000.jpg lies at" in told(store, deep=True)
+    assert f"1: {kept[0]['key']}.jpg lies at" in told(store, deep=True)
 
 
 def test_receipts_that_do_not_add_up_or_belong_to_nothing_are_found(store: LocalStore) -> None:
