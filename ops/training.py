@@ -293,8 +293,9 @@ def _workers_died(error: BaseException, place: Place) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Our own exception out of Ray Train's wrapping, or the whole of it with its tracebacks."""
-    return next((failure for failure in _worker_failures(error) if isinstance(failure, ArmchairError)), error)
+    """The exception that people are told out of Ray Train's wrapping, or the whole of it with its tracebacks."""
+    ours = (ArmchairError, OSError)  # what a disk or a bucket says is for people too
+    return next((failure for failure in _worker_failures(error) if isinstance(failure, ours)), error)
 
 
 def progress_line(stage: str, record: Mapping[str, Any]) -> str:
