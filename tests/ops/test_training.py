@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from ops.learning import LEARN
 from ops.recipes import parse_sealed, seal
 from ops.run_record import ask_to_stop, claim_run, end_run, read_run
 from ops.snapshot import read_snapshot, take_snapshot
-from ops.trained import latest_checkpoint, load_weights, read_checkpoint_file, read_metrics
+from ops.trained import latest_checkpoint, load_tokenizer, load_weights, read_checkpoint_file, read_metrics
 from ops.training import prepare, train, train_here
 from ops.training_loop import rate, run_loop
 from pipelines.settings import PRESETS, resolve
@@ -38,6 +37,7 @@ from tests.small_runs import (
     transformer_job,
     write_pair_shard,
 )
+from tests.training_rounds import Target, training_rounds
 
 
 def _job(learned: Learned, kind: str, into: Path, **changed: Any) -> Job:
@@ -434,33 +434,53 @@ def test_two_workers_follow_the_path_of_one(ray_cluster: None, make_pairs: MakeP
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced_and_the_weights_do_not_tell(
-    ray_cluster: None, learned: Learned, tmp_path: Path
+@pytest.mark.timeout(900)
+def test_a_killed_worker_and_a_killed_driver_leave_no_trace_in_the_weights(learned: Learned, tmp_path: Path) -> None:
+    """Both models at once, one with two workers; ten kills of each are in tests/chaos/test_training_chaos.py."""
+    endless = {"steps": 1_000_000, "checkpoint_every": 10, "evaluate_pictures": 8}
+    targets = [
+        Target(_job(learned, "tokenizer", tmp_path / "tokenizer", **endless), Place(workers=1, threads=1)),
+        Target(_job(learned, "transformer", tmp_path / "model", **endless), Place(workers=2, threads=1)),
+    ]
+    training_rounds(tmp_path, targets, ["worker", "driver"], seed=1)
+    assert "a worker died" in (tmp_path / "log").read_text()
+
+
+DIVERGES = (
+    *("tokenizer_training.steps=50", "tokenizer_training.checkpoint_every=10"),
+    *('tokenizer_training.schedule="wsd"', "tokenizer_training.final_learning_rate=1e25"),  # from step 40 on
+)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_training_that_diverges_ends_with_4_and_a_second_one_beside_it_with_2(
+    learned: Learned, tmp_path: Path
 ) -> None:
-    changed = {"steps": 300, "checkpoint_every": 50, "evaluate_pictures": 0}
-    here, there = (_job(learned, "transformer", tmp_path / name, **changed) for name in ("here", "there"))
-    killed: list[int] = []
-
-    def kill_the_worker() -> None:
-        receipt = tmp_path / "there" / "steps" / "0000050" / "receipt.json"
-        while not receipt.exists():
-            time.sleep(0.005)
-        record = read_run(open_store(there.into))
-        assert record is not None
-        os.kill(record["pid"], signal.SIGKILL)
-        killed.append(record["pid"])
-
-    killer = threading.Thread(target=kill_the_worker, daemon=True)
-    killer.start()
-    lines: list[str] = []
-    train(there, Place(workers=1, threads=1), lines.append)
-    killer.join(10)
-    assert killed
-    assert killed[0] != os.getpid()
-    assert any("a worker died" in line for line in lines)
-    train_here(here, threads=1)
-    assert _digests(tmp_path / "there") == _digests(tmp_path / "here")
-    assert read_run(open_store(there.into))["state"] == "done"  # type: ignore[index]
+    """Real command lines: the rate of a slip of the pen, and the same command again, with the same end."""
+    into = tmp_path / "into"
+    settings = [word for line in DIVERGES for word in ("--set", line)]
+    command = [sys.executable, "-m", "pipelines", "train", "tokenizer", learned.pairs, "--into", into]
+    first = subprocess.Popen(
+        [*command, "--preset", "tiny", *settings], cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    while read_run(open_store(str(into))) is None:
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = subprocess.run([*command, "--preset", "tiny", *settings], cwd=REPO, capture_output=True, check=False)
+    said = first.communicate()[1].decode()
+    assert (second.returncode, first.returncode) == (2, 4), second.stderr.decode() + said
+    assert f"is being trained by process {first.pid} on" in second.stderr.decode()
+    end = next(line for line in said.splitlines() if "the loss is not finite" in line)
+    assert "the last good checkpoint is step 40" in end
+    load_tokenizer(str(into))
+    before = _digests(into)
+    told = resolve("tiny", DIVERGES)
+    again = Job("tokenizer", str(learned.pairs), str(into), told.dvae, told.tokenizer_training)
+    with pytest.raises(Diverged) as ended:
+        train_here(again)
+    assert str(ended.value).split(":")[1] in end
+    assert _digests(into) == before
 
 
 @pytest.mark.gpu
