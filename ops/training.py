@@ -212,7 +212,7 @@ def _fit(job: Job, place: Place, run: int, say: Say) -> None:
 
 
 class _Told:
-    """What was told of a run: a line for each new step, and one for what takes longer than `SILENCE_S`."""
+    """What was told of a run: a line every few seconds, on its steps, or on what else it is doing and for how long."""
 
     def __init__(self, job: Job, say: Say) -> None:
         self._job, self._say = job, say
@@ -228,11 +228,11 @@ class _Told:
             self._tell_of_other_bytes(record["made_with"])
         if record.get("doing", self._doing) != self._doing:
             self._doing, self._began_s = record["doing"], now_s
+        if now_s - self._spoke_s < SILENCE_S - HEARTBEAT_S:
+            return
         if record.get("step") != self._step:
             self._step = record["step"]
             line = progress_line(self._job.kind, record)
-        elif now_s - self._spoke_s < SILENCE_S - HEARTBEAT_S:
-            return
         else:
             at = f"step {self._step}: " if self._step is not None else ""
             line = f"{self._job.kind:<12}{at}{self._doing}   {now_s - self._began_s:.0f} s"
