@@ -468,9 +468,9 @@ def test_a_gpu_learns_what_a_cpu_learns(learned: Learned, tmp_path: Path, kind: 
     """The first losses agree; the checkpoint of one goes on on the other."""
     job = _job(learned, kind, tmp_path / "into")
     prepare(job)
-    claim_run(open_store(job.into), "mine")
-    run_loop(job, Worker(device="cuda"), "mine")
-    end_run(open_store(job.into), "mine", "done")
+    run = claim_run(open_store(job.into))
+    run_loop(job, Worker(device="cuda"), run)
+    end_run(open_store(job.into), run, "done")
     on_cpu = learned.tokenizer if kind == "tokenizer" else learned.model
     first_gpu, first_cpu = (
         next(row["loss"] for row in read_metrics(open_store(str(into))) if row["kind"] == "train")
