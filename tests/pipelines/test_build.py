@@ -169,7 +169,6 @@ def test_the_demos_scores_are_read_off_a_finished_run(built: Built) -> None:
     run = Run(str(built.into))
     scored = score_demo(run.pairs, run.tokens, run.model, real, SampleSettings(), seed=0)
     assert scored.samples["tone"]["true"] > 0.8, "the pictures themselves show their tones"
-    assert scored.samples["concept_at_5"]["ceiling"] >= scored.samples["concept_at_5"]["shifted_captions"]
     assert scored.transformer["compositions"] == sum(p.held == "composition" for p in built.pictures)
     seconds = {"training_cpu": 1.0, "sampling_cpu_a_picture": scored.sampling_cpu_a_picture}
     summary = {
