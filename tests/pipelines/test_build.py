@@ -221,6 +221,9 @@ def test_commands_work_in_a_bucket_as_on_disk(built: Built, in_bucket: tuple[Bui
     told = armchair.json("generate", f"{run}/model", "cook, dark skin tone", "-n", "2")
     assert told["sheets"] == [f"{run}/pictures/cook-dark-skin-tone.png"]
     assert open_store(run).read("pictures/cook-dark-skin-tone.png").startswith(b"\x89PNG")
+    url = built.listed.read_text().splitlines()[1].partition("\t")[0]
+    assert armchair.json("why", url, "--in", run, "--into", f"{run}/why")["more"] == 0
+    assert open_store(f"{run}/why").read("sheet.png").startswith(b"\x89PNG")
     assert armchair.json("report", run)["report"] == f"{run}/report.html"
     assert b"http_4xx" in open_store(run).read("report.html")
 
