@@ -108,16 +108,26 @@ def _alive(store: Store, record: dict[str, Any]) -> RunAlive:
 def _may_live(record: dict[str, Any]) -> bool:
     if record["age_s"] > ALIVE_S:
         return False
-    if record["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(record["pid"], 0)
-    except ProcessLookupError:
+    return not is_gone(record["host"], record["pid"], record["started"])
+
+
+def is_gone(host: str, pid: int, started: str | None) -> bool:
+    """Whether a process of this machine, as `this_process` told it, is no more. Of another machine nobody knows."""
+    if host != socket.gethostname():
         return False
-    except PermissionError:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return True
-    started = _started(record["pid"])
-    return started is not None and started == record["started"]
+    except PermissionError:
+        return False
+    now = _started(pid)
+    return now is None or now != started
+
+
+def this_process() -> tuple[str, int, str | None]:
+    """Host, number and beginning of this process: what tells it from any other for `is_gone`."""
+    return socket.gethostname(), os.getpid(), _started(os.getpid())
 
 
 def _started(pid: int) -> str | None:
@@ -137,13 +147,14 @@ def _key(run: int, what: str) -> str:
 
 
 def _record(run: int, state: str, facts: dict[str, Any]) -> bytes:
+    host, pid, started = this_process()
     record = {
         "format": FORMAT,
         "run": run,
         "state": state,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "host": host,
+        "pid": pid,
+        "started": started,
         "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         **facts,
     }

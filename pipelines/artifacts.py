@@ -14,7 +14,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 from uuid import UUID
@@ -25,6 +26,7 @@ from prefect.context import FlowRunContext
 
 from infra.store import absolute
 from ops.errors import ArmchairError
+from pipelines.dead_runs import SIGN_S, bury_dead_runs, give_sign
 
 APART_S = 2.0
 """Updates of a progress artifact are at least that far apart."""
@@ -115,37 +117,44 @@ class Board:
         self._wake.set()
 
     def _write_all(self) -> None:
-        shown_s = -APART_S
+        assert self._run is not None
+        run, shown_s, signed_s = self._run, -APART_S, time.monotonic()
+        self._ask(lambda client: give_sign(client, run))
+        self._ask(lambda client: bury_dead_runs(client, run, self.stage))
         while True:
-            self._wake.wait()
+            self._wake.wait(SIGN_S)
             self._wake.clear()
+            if time.monotonic() - signed_s >= SIGN_S:
+                self._ask(lambda client: give_sign(client, run))
+                signed_s = time.monotonic()
             closing = self._closing
             with self._lock:
                 waiting, self._waiting = self._waiting, []
             for artifact in waiting:
-                self._write(artifact)
+                self._ask(partial(self._send, artifact))
             if self._progress is not None:
                 # A progress that waits for its time is woken by nobody: wait here.
                 while not self._closing and time.monotonic() - shown_s < APART_S:
                     time.sleep(0.05)
                 with self._lock:
                     latest, self._progress = self._progress, None
-                self._write(latest)
+                if latest is not None:
+                    self._ask(partial(self._send, latest))
                 shown_s = time.monotonic()
             if closing:
                 return
 
-    def _write(self, artifact: ArtifactCreate) -> None:
+    def _ask(self, what: Callable[[SyncPrefectClient], None]) -> None:
         try:
             with get_client(sync_client=True, httpx_settings={"timeout": PATIENCE_S}) as client:
-                self._send(client, artifact)
+                what(client)
         except Exception as error:  # whatever Prefect or its server does, the work goes on
             if not self._has_warned:
                 told = f"{type(error).__name__} {error}".strip()
                 print(f"{self.stage:<12}Prefect shows less: {told[:200]}. The work goes on.", file=sys.stderr)
             self._has_warned = True
 
-    def _send(self, client: SyncPrefectClient, artifact: ArtifactCreate) -> None:
+    def _send(self, artifact: ArtifactCreate, client: SyncPrefectClient) -> None:
         if artifact.type == "progress" and self._progress_id is not None:
             update = ArtifactUpdate(data=artifact.data, description=artifact.description)
             client.update_artifact(self._progress_id, update)

@@ -459,18 +459,19 @@ def main(arguments: list[str] | None = None) -> None:
     from infra.store import StoreError
     from ops.errors import ArmchairError
 
-    interrupted: list[float] = []
+    interrupted: list[tuple[float, int]] = []
 
     def interrupt(number: int, frame: object) -> None:
-        interrupted.append(time.monotonic())
+        interrupted.append((time.monotonic(), number))
         if len(interrupted) == 1:
             raise KeyboardInterrupt
-        if interrupted[-1] - interrupted[0] > 1.0:  # the second Ctrl-C of somebody who won't wait for the cleaning up
+        if interrupted[-1][0] - interrupted[0][0] > 1.0:  # the second Ctrl-C of somebody who won't wait for cleaning up
             if (server := sys.modules.get("pipelines.prefect_server")) is not None:
                 server.stop_server()
-            os._exit(130)
+            os._exit(128 + number)
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    # SIGTERM is how systemd, Kubernetes and a worker stop a process: to the person it is Ctrl-C by other means.
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         _check_install()
         code = app(sys.argv[1:] if arguments is None else arguments)
@@ -497,8 +498,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not interrupted and not isinstance(error, KeyboardInterrupt):
             raise
         print("armchair: stopped. Run the same command again to go on from here.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + interrupted[0][1] if interrupted else 130)
     finally:
         if not interrupted:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     sys.exit(code if isinstance(code, int) else 0)

@@ -38,23 +38,26 @@ def ingest(
     accept_partial: bool = False,
 ) -> dict[str, Any]:
     """Extends the plan by the lists that are new, then does every shard that is planned and not committed."""
-    store = open_store(into)
-    begin_pairs(store, plan, filters, picture)
-    extension: Extension = _plan(into, lists, plan, filters, columns)
-    for label in extension.changed:
-        print(f"ingest      {label}: its bytes changed since it was planned; skipped", file=sys.stderr)
-    for label in extension.passed_over:
-        print(f"ingest      {label}: no list by its name; passed over", file=sys.stderr)
-    tasks = pending_tasks(into, extension.instalments, fetch, picture, filters, outage, accept_partial=accept_partial)
-    with Board("ingest", into) as board, on_ray(cluster, board):
+    with Board("ingest", into) as board:
+        begin_pairs(open_store(into), plan, filters, picture)
+        extension: Extension = _plan(into, lists, plan, filters, columns)
+        for label in extension.changed:
+            print(f"ingest      {label}: its bytes changed since it was planned; skipped", file=sys.stderr)
+        for label in extension.passed_over:
+            print(f"ingest      {label}: no list by its name; passed over", file=sys.stderr)
+        planned = extension.instalments
+        tasks = pending_tasks(into, planned, fetch, picture, filters, outage, accept_partial=accept_partial)
         rows = sum(task.work_order.rows for task in tasks)
-        tally = run_in_waves("ingest", into, tasks, lambda tick: ingest_shards(into, tasks, tick=tick), board, rows)
+        with on_ray(cluster, board):
+            tally = run_in_waves("ingest", into, tasks, lambda tick: ingest_shards(into, tasks, tick=tick), board, rows)
         lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}
         told: dict[str, Any] = end_state("ingest", into, tally, board, extension.changed, lists=lists_left)
     return told
 
 
-@flow(name="rerun", persist_result=False)
+# Prefect names a deployment FLOW/NAME. What is asked again belongs to the flow whose nightly run it mends, so that both
+# (and pipelines/dedup.py) are deployments of `ingest` and stand on one page of the UI.
+@flow(name="ingest", flow_run_name="rerun {pairs}", persist_result=False)
 def rerun(
     pairs: str,
     again: Literal["transient", "rejected"] = "transient",
@@ -64,11 +67,12 @@ def rerun(
     cluster: Cluster = Cluster(),
 ) -> dict[str, Any]:
     """Asks again for the rejected rows of committed shards; each shard that changes gets its next generation."""
-    recipe = read_json(open_store(pairs), RECIPE)["identity"]
-    picture, filters = PictureSettings(**recipe["picture"]), FilterSettings(**recipe["filters"])
-    tasks = rerun_tasks(pairs, fetch, picture, filters, outage, again=again, shards=shards)
-    with Board("rerun", pairs) as board, on_ray(cluster, board):
-        tally = run_in_waves("rerun", pairs, tasks, lambda tick: ingest_shards(pairs, tasks, tick=tick), board)
+    with Board("rerun", pairs) as board:
+        recipe = read_json(open_store(pairs), RECIPE)["identity"]
+        picture, filters = PictureSettings(**recipe["picture"]), FilterSettings(**recipe["filters"])
+        tasks = rerun_tasks(pairs, fetch, picture, filters, outage, again=again, shards=shards)
+        with on_ray(cluster, board):
+            tally = run_in_waves("rerun", pairs, tasks, lambda tick: ingest_shards(pairs, tasks, tick=tick), board)
         told: dict[str, Any] = end_state("rerun", pairs, tally, board)
     return told
 
