@@ -7,20 +7,21 @@ or boilerplate, aspect ratios outside [1/2, 2].
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from ops.languages import Guess, LanguageModel, guess_languages
 from ops.pictures import Header, quiet_cv2
 from ops.reasons import Reason, Rejected
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -34,6 +35,12 @@ class FilterSettings:
     noun ("cat") is a caption."""
     max_caption_chars: Annotated[int, Field(ge=1)] = 1000
     """Characters: about what 256 text positions hold. Longer texts are pages, not captions."""
+    languages: tuple[str, ...] = ("en",)
+    """ISO 639 codes of the captions that are wanted; none means all. The paper's is English."""
+    language_model: LanguageModel = "lid176"
+    """What tells the language: fastText's lid.176 (fast), or CLD3, the paper's (`gcld3`)."""
+    min_foreign_probability: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """A caption is rejected when the model is that sure of a language that is not wanted."""
     min_side_px: Annotated[int, Field(ge=1)] = 200
     """Pixels of the short side (DataComp's basic filter). Pictures are never enlarged when they are stored."""
     max_aspect: Annotated[float, Field(ge=1)] = 2.0
@@ -44,29 +51,41 @@ class FilterSettings:
     """Standard deviation, in levels of 255, which a channel must reach; JPEG noise on one colour is below 1."""
 
 
-# --- captions: a pair without one comes here as "" ------------------------------------------------------------------
-def caption_missing(caption: str, settings: FilterSettings) -> Rejected | None:
+# --- captions: a pair without one comes here as ""; the rows that are rejected, each with its detail ------------------
+def caption_missing(captions: pa.StringArray, settings: FilterSettings) -> dict[int, str]:
     """No caption, or spaces only."""
-    return Rejected(Reason.CAPTION_MISSING) if settings.caption_required and not caption.strip() else None
+    return _rows(pc.equal(_length(captions), 0)) if settings.caption_required else {}
 
 
-def caption_encoding(caption: str, settings: FilterSettings) -> Rejected | None:
-    """Characters that no text has: the mark of a failed decoding, half of a surrogate pair, control characters."""
-    if caption.isascii() and caption.isprintable():
-        return None
-    broken = any(c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r") for c in caption)
-    return Rejected(Reason.CAPTION_ENCODING) if broken else None
+def caption_encoding(captions: pa.StringArray, settings: FilterSettings) -> dict[int, str]:
+    """Characters that no text has: the mark of a failed decoding, control characters."""
+    return _rows(pc.match_substring_regex(captions, r"[\x{FFFD}\x00-\x08\x0B\x0C\x0E-\x1F\x7F-\x{9F}]"))
 
 
-def caption_short(caption: str, settings: FilterSettings) -> Rejected | None:
+def caption_short(captions: pa.StringArray, settings: FilterSettings) -> dict[int, str]:
     """Fewer than `min_caption_chars`, though there is one."""
-    too_short = 0 < len(caption.strip()) < settings.min_caption_chars
-    return Rejected(Reason.CAPTION_SHORT) if too_short else None
+    length = _length(captions)
+    return _rows(pc.and_(pc.greater(length, 0), pc.less(length, settings.min_caption_chars)))
 
 
-def caption_long(caption: str, settings: FilterSettings) -> Rejected | None:
+def caption_long(captions: pa.StringArray, settings: FilterSettings) -> dict[int, str]:
     """More than `max_caption_chars`."""
-    return Rejected(Reason.CAPTION_LONG) if len(caption.strip()) > settings.max_caption_chars else None
+    return _rows(pc.greater(_length(captions), settings.max_caption_chars))
+
+
+def is_foreign(caption: str, guess: Guess, settings: FilterSettings) -> bool:
+    """Whether it is probably in a language that is not wanted. Short ones are often misjudged, so doubt keeps them."""
+    return bool(settings.languages) and (
+        guess.language not in settings.languages and guess.probability >= settings.min_foreign_probability
+    )
+
+
+def _length(captions: pa.StringArray) -> pa.Array:
+    return pc.utf8_length(pc.utf8_trim_whitespace(captions))
+
+
+def _rows(mask: pa.BooleanArray, detail: str = "") -> dict[int, str]:
+    return dict.fromkeys(np.flatnonzero(mask.to_numpy(zero_copy_only=False)).tolist(), detail)
 
 
 # --- headers ---------------------------------------------------------------------------------------------------------
@@ -93,7 +112,7 @@ def flat_image(pixels: Pixels, settings: FilterSettings) -> Rejected | None:
     return Rejected(Reason.FLAT_IMAGE) if float(std.max()) < settings.flat_std else None
 
 
-CAPTION_FILTERS: dict[str, Callable[[str, FilterSettings], Rejected | None]] = {
+CAPTION_FILTERS: dict[str, Callable[[pa.StringArray, FilterSettings], dict[int, str]]] = {
     "caption_missing": caption_missing,
     "caption_encoding": caption_encoding,
     "caption_short": caption_short,
@@ -114,13 +133,47 @@ PIXEL_FILTERS: dict[str, Callable[[Pixels, FilterSettings], Rejected | None]] = 
 """After decoding."""
 
 
-def judge_caption(caption: str | None, settings: FilterSettings) -> Rejected | None:
-    """The first caption filter that says no, or None.
+@plain_dataclass(frozen=True)
+class CaptionVerdicts:
+    """One entry a caption, in order. `reasons` and `details` are None for a caption that is wanted."""
 
-    >>> judge_caption("  ", FilterSettings()).reason
-    <Reason.CAPTION_MISSING: 'caption_missing'>
+    reasons: list[Reason | None]
+    details: list[str | None]
+    languages: list[str | None]
+    """ISO 639 codes; None where a cheaper filter said no already, or there is no text."""
+    probabilities: list[float | None]
+    """How sure the language model is of that language, in [0, 1]."""
+
+
+def judge_captions(captions: Sequence[str | None] | pa.StringArray, settings: FilterSettings) -> CaptionVerdicts:
+    """What the caption filters say, the language last. Many at once: a regular expression costs a call, not a text.
+
+    >>> judge_captions(["  ", "a red apple on a table"], FilterSettings()).reasons
+    [<Reason.CAPTION_MISSING: 'caption_missing'>, None]
     """
-    return _first_no(CAPTION_FILTERS, caption or "", settings)
+    texts = _texts(captions)
+    count = len(texts)
+    verdicts = CaptionVerdicts([None] * count, [None] * count, [None] * count, [None] * count)
+    for name, judge in CAPTION_FILTERS.items():
+        for row, detail in judge(texts, settings).items():
+            if verdicts.reasons[row] is None:
+                verdicts.reasons[row], verdicts.details[row] = Reason(name), detail or None
+    left = [(row, text) for row, text in enumerate(texts.to_pylist()) if text.strip() and not verdicts.reasons[row]]
+    guesses = guess_languages([text for _, text in left], settings.language_model)
+    for (row, text), guess in zip(left, guesses, strict=True):
+        verdicts.languages[row], verdicts.probabilities[row] = guess
+        if is_foreign(text, guess, settings):
+            verdicts.reasons[row], verdicts.details[row] = Reason.CAPTION_LANGUAGE, None
+    return verdicts
+
+
+def _texts(captions: Sequence[str | None] | pa.StringArray) -> pa.StringArray:
+    """Without nulls; half of a surrogate pair, which no UTF-8 can hold, becomes the mark of a failed decoding."""
+    if not isinstance(captions, pa.Array):
+        captions = pa.array(
+            [(c or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace") for c in captions], pa.string()
+        )
+    return captions.fill_null("")
 
 
 def judge_header(header: Header, settings: FilterSettings) -> Rejected | None:

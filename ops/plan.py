@@ -1,11 +1,12 @@
 """The plan: which pairs there are, in which shard and row each stands. A chain of instalments and their work orders.
 
-Lives here: uids, the split, the order of rows, work orders and instalments, and how two planners keep apart.
-May not live here: reading list files (ops/lists.py), fetching. Only what an instalment names exists: work orders are
-content-addressed, the instalment is written last and only if absent.
+Lives here: uids, the split, work orders and instalments, and how two planners keep apart. May not live here: reading
+list files (ops/lists.py), the order of rows (ops/uid_sort.py), fetching. Only what an instalment names exists: work
+orders are content-addressed, the instalment is written last and only if absent.
 
-    PAIRS/plan/part-0000.json                 digests of lists, first shard, work orders (rows, sha256)
-    PAIRS/plan/00012-<sha256[:16]>.parquet    work order of shard 12
+    PAIRS/plan/part-0000.json                   digests of lists, first shard, work orders (rows, sha256)
+    PAIRS/plan/00012-<sha256[:16]>.parquet      work order of shard 12
+    PAIRS/plan/urls-0000-<sha256[:16]>.u64      hashes of the URLs that part-0000 asks for (ops/url_duplicates.py)
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings_dataclass
@@ -29,22 +30,21 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from infra.metrics import Tell, untold
 from infra.store import Store
 from ops.errors import BadList, DamagedArtifact, StorageError
-from ops.filters import FilterSettings, judge_caption
+from ops.filters import FilterSettings, judge_captions
 from ops.lists import Columns as Columns
 from ops.lists import ListPath, Rows, find_lists, fingerprint, read_rows, stamp, text
 from ops.reasons import Reason
 from ops.recipes import file_sha256, parse_json, sha256
 from ops.shards import scratch_directory
+from ops.uid_sort import UidSort, uid_bytes, uid_halves
+from ops.url_duplicates import LostRows, UrlDuplicates, UrlIndex, url_hashes
 
 PLAN = "plan/"
 PLACE = ("list_number", "list_line")
 """Columns of a work order's file: which of the instalment's lists a row is from, and its line or row there, from 1."""
+NUMBER = "list_row"
+"""Column of the rows on scratch: their numbers in the instalment, in the order in which they were read."""
 INSTALMENT = re.compile(r"plan/part-\d+\.json")
-RUN_ROWS = 131_072
-RUN_BYTES = 128 << 20
-"""A sorted run on scratch is written when it has that many rows, or bytes (columns of embeddings)."""
-BUCKET_BYTES = 16 << 20
-"""Bytes of the lists (packed ones counted six-fold) for one bucket; a bucket of all runs is in memory at a time."""
 
 
 @settings_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -55,16 +55,23 @@ class PlanSettings:
     """Rows of a work order; the last one of an instalment may have fewer. img2dataset's default."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of pairs kept from training, chosen by uid, for lists (or rows) that do not say `split` themselves."""
+    unique_urls: bool = True
+    """Whether a URL is asked for once: of the pairs with one URL the first of the plan stays, and the others get the
+    reason `url_duplicate`. False for pictures with several captions each."""
 
 
 @dataclass(frozen=True)
 class ListFile:
-    """A list that was planned. The digest is its identity; `label`, the path it was read from, is for people."""
+    """A list that was planned. The digest is its identity; `label`, the path it was read from, is for people.
+
+    `columns` are those that it was read with: others would make other pairs of the same bytes.
+    """
 
     sha256: str
     label: str
     rows: int
     bytes: int
+    columns: Columns
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class Instalment:
     """In the order of their digests: `list_number` of a work order's row counts in it."""
     first_shard: int
     work_orders: tuple[WorkOrder, ...]
+    urls: UrlIndex | None = None
+    """The URLs that it leaves to be fetched; None with `plan.unique_urls = false`."""
     previous: str | None = None
     """Sha256 of the instalment before: the chain."""
 
@@ -93,6 +102,11 @@ class Instalment:
     def rows(self) -> int:
         """Pairs planned by this instalment."""
         return sum(order.rows for order in self.work_orders)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The files of the store that it names."""
+        return (*(order.key for order in self.work_orders), *([self.urls.key] if self.urls else []))
 
 
 @dataclass(frozen=True)
@@ -138,9 +152,10 @@ def read_instalments(store: Store) -> list[Instalment]:
         try:
             instalment = Instalment(
                 number=read["number"],
-                lists=tuple(ListFile(**item) for item in read["lists"]),
+                lists=tuple(ListFile(**item | {"columns": Columns(**item["columns"])}) for item in read["lists"]),
                 first_shard=read["first_shard"],
                 work_orders=tuple(WorkOrder(**item) for item in read["work_orders"]),
+                urls=UrlIndex(**read["urls"]) if read["urls"] else None,
                 previous=read["previous"],
             )
         except (KeyError, TypeError) as error:
@@ -157,7 +172,7 @@ def read_instalments(store: Store) -> list[Instalment]:
 
 
 def read_work_order(store: Store, work_order: WorkOrder) -> pa.Table:
-    """The rows of a shard: `key uid url caption split weight status detail` + the user's columns.
+    """The rows of a shard: `key uid url caption split weight status detail language language_probability` + the user's.
 
     `status` is null for a pair that is to be fetched, else the reason that the plan decided. Where the lists had each
     row (`PLACE`) stands in the file alone, so that no sidecar gets it: ops/why.py reads it. Raises DamagedArtifact.
@@ -225,34 +240,57 @@ def _plan(
 ) -> Instalment | None:
     """One instalment, or None if another planner was first."""
     size = sum(bytes * (6 if path.path.suffix in (".gz", ".parquet") else 1) for path, bytes, _ in todo.values())
-    runs = _Runs(scratch, buckets=min(1024, 1 + size // BUCKET_BYTES))
     planned: list[ListFile] = []
-    read = 0
-    # In the order of digests: names and the order of the command line decide nothing.
-    for index, (digest, (path, bytes, mark)) in enumerate(sorted(todo.items())):
-        count = 0
-        for rows in read_rows(path, columns, caption_required=filters.caption_required, scratch=scratch):
-            count += len(rows.urls)
-            read += len(rows.urls)
-            tell("rows read", read, None)
-            runs.add(_placed(_judged(rows, settings, filters), index, rows.lines), path.label)
-        if stamp(path.path) != mark:
-            raise BadList(path.label, None, "was changed while it was read")
-        planned.append(ListFile(digest, path.label, count, bytes))
-    runs.flush()
-    first_shard = sum(len(instalment.work_orders) for instalment in instalments)
     work_orders: list[WorkOrder] = []
-    for shard, table in enumerate(_cut(runs.sorted(), settings.pairs_per_shard), first_shard):
-        work_orders.append(_publish(store, table, shard, settings, scratch))
-        tell("shards planned", len(work_orders), -(-read // settings.pairs_per_shard))
-    number = len(instalments)
+    number, read = len(instalments), 0
+    first_shard = sum(len(instalment.work_orders) for instalment in instalments)
+    with UidSort(scratch, size) as rows_by_uid, UrlDuplicates(scratch) as duplicates:
+        # In the order of digests: names and the order of the command line decide nothing.
+        for index, (digest, (path, bytes, mark)) in enumerate(sorted(todo.items())):
+            first = read
+            for rows in read_rows(path, columns, caption_required=filters.caption_required, scratch=scratch):
+                table = _judged(rows, settings, filters)
+                if settings.unique_urls:
+                    _add_urls(duplicates, table, read)
+                rows_by_uid.add(_placed(table, index, rows.lines, read), path.label)
+                read += len(table)
+                tell("rows read", read, None)
+            if stamp(path.path) != mark:
+                raise BadList(path.label, None, "was changed while it was read")
+            planned.append(ListFile(digest, path.label, read - first, bytes, columns))
+        lost, urls = LostRows(read), None
+        if settings.unique_urls:
+            earlier = [instalment.urls for instalment in instalments if instalment.urls]
+            lost, left = duplicates.find(store, earlier, read, scratch / "index.u64", tell)
+            digest = file_sha256(scratch / "index.u64")
+            urls = UrlIndex(f"{PLAN}urls-{number:04d}-{digest[:16]}.u64", left, digest)
+            _put(store, urls.key, scratch / "index.u64")
+        tables = (_without_lost(table, lost) for table in rows_by_uid.sorted())
+        for shard, table in enumerate(_cut(tables, settings.pairs_per_shard), first_shard):
+            work_orders.append(_publish(store, table, shard, settings, scratch))
+            tell("shards planned", len(work_orders), -(-read // settings.pairs_per_shard))
     previous = sha256(store.read(_instalment_key(number - 1))) if number else None
-    instalment = Instalment(number, tuple(planned), first_shard, tuple(work_orders), previous)
+    instalment = Instalment(number, tuple(planned), first_shard, tuple(work_orders), urls, previous)
     there = {entry.key for entry in store.list(PLAN)}
-    if missing := [order.key for order in work_orders if order.key not in there]:
+    if missing := [key for key in instalment.keys if key not in there]:
         raise StorageError(f"{store.location}/{missing[0]} was removed while the plan was made.", "Run it again.")
     body = {"format": 1, **asdict(instalment)}
     return instalment if store.put(_instalment_key(number), json.dumps(body, indent=1).encode()) else None
+
+
+def _add_urls(duplicates: UrlDuplicates, table: pa.Table, first: int) -> None:
+    """The rows of a batch that are to be fetched, the first of which is row number `first`."""
+    asked = np.flatnonzero(table["status"].is_null().to_numpy())
+    urls = table["url"].take(pa.array(asked)).cast(pa.binary())
+    duplicates.add(url_hashes(urls.to_pylist()), uid_halves(table)[asked, 0], (first + asked).astype(np.uint64))
+
+
+def _without_lost(table: pa.Table, lost: LostRows) -> pa.Table:
+    """The rows with their last verdict, and without their numbers."""
+    status = table.column_names.index("status")
+    gone = pa.array(lost.has(table[NUMBER].to_numpy()))
+    verdicts = pc.if_else(gone, str(Reason.URL_DUPLICATE), table["status"])
+    return table.set_column(status, "status", verdicts).drop_columns([NUMBER])
 
 
 def _instalment_key(number: int) -> str:
@@ -261,16 +299,21 @@ def _instalment_key(number: int) -> str:
 
 def _publish(store: Store, rows: pa.Table, shard: int, settings: PlanSettings, scratch: Path) -> WorkOrder:
     width = max(4, len(str(settings.pairs_per_shard - 1)))
-    keys = pa.array([f"{shard:05d}{row:0{width}d}" for row in range(len(rows))], pa.string())
+    places = pc.utf8_lpad(pa.array(np.arange(len(rows))).cast(pa.string()), width, "0")
+    keys = pc.binary_join_element_wise(f"{shard:05d}", places, "")
     file = scratch / "work-order.parquet"
     # One row group: a work order is always read whole.
     pq.write_table(rows.add_column(0, "key", keys), file, compression="zstd", row_group_size=len(rows))
     digest = file_sha256(file)
     key = f"{PLAN}{shard:05d}-{digest[:16]}.parquet"
+    _put(store, key, file)
+    return WorkOrder(shard, len(rows), key, digest)
+
+
+def _put(store: Store, key: str, file: Path) -> None:
     if not store.put(key, file):
         # Left by a planner that was killed. Written again, so that a sweep does not find it old.
         store.put(key, file, if_absent=False)
-    return WorkOrder(shard, len(rows), key, digest)
 
 
 def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.Table:
@@ -279,17 +322,16 @@ def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.T
     uids = b"".join(map(pair_uid, rows.urls, rows.captions))
     urls, broken_urls = text(pa.array(rows.urls, pa.binary()))
     captions, broken_captions = text(pa.array(rows.captions, pa.binary()))
-    statuses: list[str | None] = [None] * count
-    details: list[str | None] = [None] * count
-    for row, caption in enumerate(captions.to_pylist()):
-        if not rows.urls[row]:
+    verdicts = judge_captions(captions, filters)
+    statuses, details = verdicts.reasons, verdicts.details
+    for row in broken_captions:
+        statuses[row], details[row] = Reason.CAPTION_ENCODING, "not UTF-8"
+        verdicts.languages[row] = verdicts.probabilities[row] = None
+    for row, url in enumerate(rows.urls):
+        if not url:
             statuses[row], details[row] = Reason.URL_INVALID, "no URL"
         elif row in broken_urls:
             statuses[row], details[row] = Reason.URL_INVALID, "not UTF-8"
-        elif row in broken_captions:
-            statuses[row], details[row] = Reason.CAPTION_ENCODING, "not UTF-8"
-        elif rejected := judge_caption(caption, filters):
-            statuses[row], details[row] = rejected.reason, rejected.detail
     # Rows are ordered by the uid's first half; the split looks at the second, so that it is in every shard.
     low = np.frombuffer(uids, ">u8").reshape(count, 2)[:, 1]
     held_out = low.astype(np.float64) / 2.0**64 < settings.held_out
@@ -305,6 +347,8 @@ def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.T
             "weight": pa.array(np.ones(count) if rows.weights is None else rows.weights, pa.float64()),
             "status": pa.array(statuses, pa.string()),
             "detail": pa.array(details, pa.string()),
+            "language": pa.array(verdicts.languages, pa.string()),
+            "language_probability": pa.array(verdicts.probabilities, pa.float32()),
         }
     )
     for name in rows.extra.column_names:
@@ -312,94 +356,18 @@ def _judged(rows: Rows, settings: PlanSettings, filters: FilterSettings) -> pa.T
     return table.replace_schema_metadata(None)
 
 
-def _placed(table: pa.Table, number: int, lines: Sequence[int]) -> pa.Table:
-    """With the list of each row and its line there: what `armchair why` tells, and no part of a pair's identity."""
-    columns = (np.full(len(table), number, np.int32), np.asarray(lines, np.int64))
-    for name, column in zip(PLACE, columns, strict=True):
+def _placed(table: pa.Table, list_number: int, lines: Sequence[int], first: int) -> pa.Table:
+    """With the list of each row and its line there, which `armchair why` tells and which are no part of a pair's
+    identity; and with the row's number, from `first` on."""
+    count = len(table)
+    columns = {
+        PLACE[0]: np.full(count, list_number, np.int32),
+        PLACE[1]: np.asarray(lines, np.int64),
+        NUMBER: np.arange(first, first + count, dtype=np.uint64),
+    }
+    for name, column in columns.items():
         table = table.append_column(name, pa.array(column))
     return table
-
-
-@dataclass
-class _Runs:
-    """An external sort by uid: sorted runs on scratch, each cut at the same `buckets` places of the uid's range."""
-
-    scratch: Path
-    buckets: int
-    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
-    waiting: list[pa.Table] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
-
-    def add(self, table: pa.Table, label: str) -> None:
-        """Takes rows in list order. Raises BadList if a column's type conflicts with the rows before."""
-        for column in table.schema:
-            known = self.schema.field(column.name) if column.name in self.schema.names else None
-            try:
-                pa.unify_schemas([pa.schema([f]) for f in (known, column) if f], promote_options="permissive")
-            except (pa.ArrowTypeError, pa.ArrowInvalid):
-                assert known is not None
-                what = f"column {column.name!r} holds {column.type} here and {known.type} in the rows or lists before"
-                raise BadList(label, None, what) from None
-        self.schema = pa.unify_schemas([self.schema, table.schema], promote_options="permissive")
-        self.waiting.append(table)
-        if sum(map(len, self.waiting)) >= RUN_ROWS or sum(table.nbytes for table in self.waiting) >= RUN_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what waits as a sorted run."""
-        if not self.waiting:
-            return
-        table = _by_uid(self._unified(self.waiting))
-        self.waiting = []
-        high, _ = _halves(table)
-        edges = [(bucket << 64) // self.buckets for bucket in range(1, self.buckets)]
-        cuts = [0, *np.searchsorted(high, np.array(edges, np.uint64)).tolist(), len(table)]
-        path = self.scratch / f"run-{len(self.files):06d}.arrow"
-        batch = table.combine_chunks()
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-            for start, stop in pairwise(cuts):
-                part = batch.slice(start, stop - start).to_batches()
-                writer.write_batch(part[0] if part else pa.RecordBatch.from_pylist([], schema=batch.schema))
-        self.files.append(path)
-
-    def sorted(self) -> Iterator[pa.Table]:
-        """All rows in the order of their uids (equal ones in the order they came), a bucket at a time."""
-        for bucket in range(self.buckets):
-            parts = []
-            for path in self.files:
-                with pa.OSFile(str(path), "rb") as source, pa.ipc.open_file(source) as run:
-                    parts.append(pa.Table.from_batches([run.get_batch(bucket)]))
-            if any(len(part) for part in parts):
-                yield _by_uid(self._unified(parts))
-
-    def _unified(self, tables: list[pa.Table]) -> pa.Table:
-        return pa.concat_tables([pa.table([_cast(table, f) for f in self.schema], self.schema) for table in tables])
-
-
-def _cast(table: pa.Table, to: pa.Field) -> pa.ChunkedArray:
-    if to.name not in table.column_names:
-        return pa.chunked_array([pa.nulls(len(table), to.type)])
-    column = table[to.name]
-    try:
-        return column.cast(to.type)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        what = f"column {to.name!r} holds {column.type} in some rows and can't be read as {to.type}, as in others"
-        raise BadList("the lists", None, what) from error
-
-
-def _halves(table: pa.Table) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    raw = b"".join(
-        chunk.buffers()[1].slice(chunk.offset * 16, len(chunk) * 16).to_pybytes()
-        for chunk in table["uid"].chunks
-        if len(chunk)
-    )
-    halves = np.frombuffer(raw, ">u8").astype(np.uint64).reshape(len(table), 2)
-    return halves[:, 0], halves[:, 1]
-
-
-def _by_uid(table: pa.Table) -> pa.Table:
-    high, low = _halves(table)
-    return table.take(pa.array(np.lexsort((low, high))))  # stable: equal uids keep their order
 
 
 def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -418,8 +386,7 @@ def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 def _with_hex(table: pa.Table) -> pa.Table:
-    raw = b"".join(table["uid"].to_pylist())
-    digits = raw.hex().encode()
+    digits = uid_bytes(table).hex().encode()
     offsets = np.arange(0, len(digits) + 1, 32, dtype=np.int32)
     uids = pa.StringArray.from_buffers(len(table), pa.py_buffer(offsets), pa.py_buffer(digits))
     return table.set_column(table.column_names.index("uid"), "uid", uids).combine_chunks()

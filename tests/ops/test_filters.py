@@ -10,7 +10,7 @@ from ops.filters import (
     HEADER_FILTERS,
     PIXEL_FILTERS,
     FilterSettings,
-    judge_caption,
+    judge_captions,
     judge_header,
     judge_pixels,
 )
@@ -35,13 +35,12 @@ def reason(rejected: Rejected | None) -> str | None:
     ],
 )  # fmt: skip
 def test_captions_are_judged_before_anything_is_fetched(caption: str | None, why: str | None) -> None:
-    assert reason(judge_caption(caption, FilterSettings())) == why
+    assert judge_captions([caption], FilterSettings()).reasons == [why]
 
 
 def test_a_pair_may_do_without_a_caption_where_none_is_required() -> None:
     settings = FilterSettings(caption_required=False)
-    assert judge_caption(None, settings) is judge_caption("  ", settings) is None
-    assert reason(judge_caption("a", settings)) == "caption_short"
+    assert judge_captions([None, "  ", "a"], settings).reasons == [None, None, "caption_short"]
 
 
 @pytest.mark.parametrize(
