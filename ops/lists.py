@@ -35,7 +35,7 @@ RESERVED = frozenset(
         *("key", "uid", "url", "final_url", "caption", "status", "detail", "http_status", "bytes_in", "content_type"),
         *("sha256", "dhash", "original_width", "original_height", "width", "height", "exif_orientation", "language"),
         *("language_probability", "split", "weight", "tar_offset", "jpg_size", "crop", "k", "codes"),
-        *("list_number", "list_line"),
+        *("list_number", "list_line", "list_row"),
     )
 )
 """Columns of our work orders, sidecars and code shards. One of the user's with such a name becomes `list_<name>`."""

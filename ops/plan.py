@@ -71,7 +71,7 @@ class ListFile:
     label: str
     rows: int
     bytes: int
-    columns: Columns
+    columns: Columns = Columns()
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,11 @@ def extend_plan(
     filters: FilterSettings,
     columns: Columns,
     tell: Tell = untold,
+    also: Sequence[ListFile] = (),
 ) -> Extension:
     """Plans the lists (files or folders) that are not planned yet, as one new instalment.
+
+    `also` are lists that the new instalment covers without reading them: their pairs are in the others.
 
     Memory does not grow with the lists; scratch space (TMPDIR) does: about their unpacked size. Of two planners at
     once one wins an instalment; the other looks again at what is left to plan and takes the next number. A planner
@@ -222,7 +225,7 @@ def extend_plan(
         if not todo:
             return extension
         with scratch_directory() as scratch:
-            new = _plan(store, todo, instalments, settings, filters, columns, scratch, tell)
+            new = _plan(store, todo, instalments, settings, filters, columns, scratch, tell, also)
         if new is not None:
             return Extension(new, (*instalments, new), extension.skipped, extension.changed, extension.passed_over)
         # Another planner took our number: what it planned is covered now, the rest is planned again.
@@ -237,6 +240,7 @@ def _plan(
     columns: Columns,
     scratch: Path,
     tell: Tell,
+    also: Sequence[ListFile],
 ) -> Instalment | None:
     """One instalment, or None if another planner was first."""
     size = sum(bytes * (6 if path.path.suffix in (".gz", ".parquet") else 1) for path, bytes, _ in todo.values())
@@ -270,6 +274,7 @@ def _plan(
             work_orders.append(_publish(store, table, shard, settings, scratch))
             tell("shards planned", len(work_orders), -(-read // settings.pairs_per_shard))
     previous = sha256(store.read(_instalment_key(number - 1))) if number else None
+    planned += [file for file in also if file.sha256 not in todo]
     instalment = Instalment(number, tuple(planned), first_shard, tuple(work_orders), urls, previous)
     there = {entry.key for entry in store.list(PLAN)}
     if missing := [key for key in instalment.keys if key not in there]:

@@ -526,7 +526,7 @@ def planners() -> Iterator[Planners]:
         process.stdin.close()
 
 
-# Two work orders and an instalment: three links, three fsyncs of files and three of directories (+ two new folders).
+# An index, two work orders and an instalment: four links, four fsyncs of files, four of directories (+ two new ones).
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("function", ["fsync", "link"])
 def test_a_planner_killed_at_any_write_loses_and_doubles_nothing(
@@ -535,7 +535,7 @@ def test_a_planner_killed_at_any_write_loses_and_doubles_nothing(
     path = write_tsv(tmp_path / "a.tsv", 0, 150)
     extend(LocalStore(tmp_path / "whole"), path)
     expected = contents(tmp_path / "whole")
-    calls = {"link": 3, "fsync": 8}[function]
+    calls = {"link": 4, "fsync": 10}[function]
     ends = planners.run(
         [job(tmp_path / str(call), path, kill=f"{function}:{when}:{call}") for call in range(1, calls + 2)]
     )
@@ -553,10 +553,10 @@ def test_a_list_planned_after_a_killed_planner_takes_its_shards(tmp_path: Path, 
     """Work orders that no instalment names do not exist: their numbers are free for another list."""
     a, b = write_tsv(tmp_path / "a.tsv", 0, 150), write_tsv(tmp_path / "b.tsv", 1000, 150)
     root = tmp_path / "pairs"
-    assert planners.run([job(root, a, kill="link:before:3")])[0][0] == -signal.SIGKILL
+    assert planners.run([job(root, a, kill="link:before:4")])[0][0] == -signal.SIGKILL
     store = LocalStore(root)
     orphans = {entry.key for entry in store.list("plan/")}
-    assert len(orphans) == 2
+    assert len(orphans) == 3
     assert read_instalments(store) == []
     extend(store, b)
     assert urls(store) == numbers((1000, 150))
@@ -570,10 +570,10 @@ def test_leftover_work_orders_are_made_young_again(tmp_path: Path, planners: Pla
     """Else a sweep could take them for old between the planner's look and its instalment."""
     path = write_tsv(tmp_path / "a.tsv", 0, 150)
     root = tmp_path / "pairs"
-    planners.run([job(root, path, kill="link:before:3")])
+    planners.run([job(root, path, kill="link:before:4")])
     store = LocalStore(root)
     leftovers = [entry.key for entry in store.list("plan/")]
-    assert len(leftovers) == 2
+    assert len(leftovers) == 3
     for key in leftovers:
         os.utime(root / key, (1, 1))
     extend(store, path)
@@ -593,7 +593,7 @@ def test_scratch_of_a_killed_planner_is_removed_by_the_next(tmp_path: Path, monk
     with pytest.raises(OSError, match="killed here"):
         extend(Killed(tmp_path / "pairs"), a)
     left = tmp_path / "left"
-    assert list(left.rglob("run-*.arrow")), "the spill"
+    assert list(left.rglob("runs.arrow")), "the spill"
     for path in left.rglob("*"):
         os.utime(path, (1, 1))
     monkeypatch.setattr(tempfile, "tempdir", str(left))
