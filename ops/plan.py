@@ -16,7 +16,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +71,7 @@ class ListFile:
     label: str
     rows: int
     bytes: int
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
 
 
 @dataclass(frozen=True)
