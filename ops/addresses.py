@@ -38,9 +38,14 @@ class Target:
     @property
     def url(self) -> str:
         """The URL again; a default port is left out."""
+        return self.site + self.path
+
+    @property
+    def site(self) -> str:
+        """Scheme, host and port: what one robots.txt speaks for."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port == _PORTS[self.scheme] else f":{self.port}"
-        return f"{self.scheme}://{host}{port}{self.path}"
+        return f"{self.scheme}://{host}{port}"
 
 
 _PORTS = {"http": 80, "https": 443}

@@ -7,6 +7,7 @@ default settings must record for it. Nothing of the pipeline is imported. As its
     /pictures/<path>              a file of FOLDER
     /generated/<seed>.jpg         a small picture, another one for each seed; ?delay_ms=50 answers later
     /hostile/<kind>/<any id>      see HOSTILE; an id has its own counter and, where a picture comes, its own picture
+    /robots.txt                   404: all is allowed; not counted
     /_counts                      JSON {path without query: requests}
 """
 
@@ -38,7 +39,6 @@ HOSTILE: dict[str, str] = {
     "heals_later": "http_5xx",  # 503 three times (a try and two retries), then a picture: a rerun gets it
     "broken": "http_5xx",  # 503, always
     "retry_after": "success",  # 429 with Retry-After: 1, then a picture
-    "retry_long": "http_429",  # 429 with Retry-After: 3600
     "html": "not_an_image",
     "svg": "not_an_image",
     "empty": "empty",
@@ -161,6 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/_counts":
             self.answer(200, json.dumps(self.web.counts()).encode(), "application/json")
             return
+        if path == "/robots.txt":
+            self.answer(503 if self.web.outage else 404)
+            return
         number = self.web.count(path)
         room, _, rest = path.lstrip("/").partition("/")
         if self.web.outage:
@@ -219,9 +222,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_retry_after(self, seed: int, number: int) -> None:
         self.answer(429, Retry_After="1") if number == 1 else self.picture(jpeg(seed))
-
-    def do_retry_long(self, seed: int, number: int) -> None:
-        self.answer(429, Retry_After="3600")
 
     def do_mislabelled(self, seed: int, number: int) -> None:
         self.answer(200, jpeg(seed), "text/plain")

@@ -1,8 +1,8 @@
-"""From a URL to bytes: one request with its redirects, limits and manners. Threads, http.client, one SSLContext.
+"""From a URL to bytes: requests, redirects, retries. Threads, http.client, one SSLContext.
 
-Lives here: address checks at each hop, deadlines, byte limits, retries. Not here: what a URL or an address means
-(ops/addresses.py), what the bytes are (ops/pictures.py), whether we want them (ops/filters.py), which rows to ask for
-and in how many threads (ops/ingest.py).
+Lives here: what one request is, and what follows it. Not here: what a URL or an address means (ops/addresses.py), how
+long and how much (ops/limits.py), how often a host is asked (ops/manners.py), what robots.txt says (ops/robots.py),
+what the bytes are (ops/pictures.py), whether we want them (ops/filters.py), which rows to ask for (ops/ingest.py).
 
 What the web may try, and what stops it:
 
@@ -13,6 +13,7 @@ What the web may try, and what stops it:
     many large bodies at once                  `bytes_in_flight`, reserved before the bytes are kept
     a Content-Length that lies, a head that    `truncated`
     the end of the connection cuts
+    a host that is busy, slow or dead          its rows wait apart, and threads for nobody (ops/manners.py)
 
 Proxies of the environment (http_proxy) are not used: a proxy resolves names itself, past the address check.
 """
@@ -28,19 +29,24 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from pathlib import Path
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, TypeVar
 from urllib.parse import urljoin
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ops.addresses import Names, Resolver, Target, is_public, normal_url, says_no_such_host, system_resolver
+from ops.limits import Budget, Clock, Reaper, Room, Watch
+from ops.manners import Turns, opts_out
 from ops.reasons import Reason, Rejected, is_transient
+from ops.robots import ALL_ALLOWED, MAX_BYTES, PRODUCT_TOKEN, TTL_S, NodeCache, Rules, parse
 
 
 def _network(text: str) -> str:
@@ -50,7 +56,7 @@ def _network(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class FetchSettings:
-    """How to ask for pictures. None of it bears identity: it decides when a picture comes, not what it is."""
+    """How to ask for pictures. None of it bears identity: it decides if and when a picture comes, not what it is."""
 
     deadline_s: Annotated[float, Field(gt=0)] = 20.0
     """Seconds for one row, all in: name, connection, redirects, answer, waits and retries."""
@@ -61,7 +67,19 @@ class FetchSettings:
     retries: Annotated[int, Field(ge=0)] = 2
     """How often a transient failure is tried again within the deadline."""
     backoff_s: Annotated[float, Field(ge=0)] = 0.5
-    """Seconds before the first retry, doubled for each further one; a longer Retry-After wins."""
+    """Seconds before the first retry, doubled for each further one; a longer Retry-After wins, and holds all rows of
+    its host. One that is longer than `deadline_s` ends them."""
+    dead_after: Annotated[int, Field(ge=0)] = 12
+    """Requests without an answer in a row (no connection, silence, or asked to wait) after which a host counts as dead:
+    its further rows end at once, under the same transient reason. 0: never."""
+    dead_host_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds until a dead host gets one request to show that it lives, and until a robots.txt that did not come is
+    asked for again."""
+    robots: bool = True
+    """Whether robots.txt is asked for (once a site and hour on each node) and obeyed, as "armchair". One that does not
+    come makes the rows of its site transient; none there (4xx) allows all."""
+    opt_out: bool = True
+    """Whether X-Robots-Tag (noai, noimageai, noml, noindex, noimageindex, none) and TDM-Reservation are obeyed."""
     max_bytes: Annotated[int, Field(ge=1)] = 32 << 20
     """Bytes of one picture, after any gzip."""
     bytes_in_flight: Annotated[int, Field(ge=1)] = 256 << 20
@@ -103,19 +121,111 @@ class Fetched:
             release()
 
 
-class Fetcher:
-    """Fetches URLs, from any number of threads. A context manager: at its end open requests end as `timeout`.
+_SILENCE = (Reason.CONNECT, Reason.TIMEOUT, Reason.DNS_FAILURE)
+"""What a dead host answers."""
 
-    `ssl_context` replaces the system's trusted authorities, `resolver` the system's resolver.
+Answer = Fetched | Rejected
+Result = TypeVar("Result")
+
+
+class _Row:
+    """One row on its way: where it is, and what is still to do. It belongs to one thread at a time."""
+
+    def __init__(
+        self, target: Target, clock: Clock, end: Callable[[Answer | Exception], None], *, robots: bool
+    ) -> None:
+        self.first = self.target = target
+        self.clock = clock
+        self.end = end
+        self.is_robots = robots
+        self.hops = 0
+        self.tries = 0
+        self.said: Rejected | None = None
+        """Why the try before failed."""
+
+    def again(self) -> None:
+        """Back to the URL of the list."""
+        self.target, self.hops, self.tries = self.first, 0, self.tries + 1
+
+
+class _SiteRules:
+    """What robots.txt says, by site, and the rows that wait to hear it: whoever asks, a site is asked once."""
+
+    def __init__(self, cache: NodeCache, cool_down_s: float) -> None:
+        self._cache = cache
+        self._cool_down_s = cool_down_s
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[float, Rules | Rejected | Exception]] = {}
+        self._waiting: dict[str, list[_Row]] = {}
+
+    def of(self, row: _Row, ask: Callable[[_Row], None]) -> Rules | Rejected | None:
+        """The rules of the row's site, or why they can't be known; None: the row waits, and `ask` was called if it is
+        the first."""
+        site = row.target.site
+        with self._lock:
+            until, says = self._known.get(site, (0.0, None))
+            if says is not None and time.monotonic() < until:
+                if isinstance(says, Exception):
+                    raise says
+                return says
+            if (rules := self._cache.get(site)) is not None:
+                self._known[site] = (time.monotonic() + TTL_S, rules)
+                return rules
+            row.clock.stop()
+            is_first = site not in self._waiting
+            self._waiting.setdefault(site, []).append(row)
+        if is_first:
+            ask(row)
+        return None
+
+    def learn(self, site: str, answer: Answer | Exception) -> list[_Row]:
+        """Takes the answer to `site`/robots.txt; returns the rows that waited for it."""
+        seconds, says = TTL_S, self._meaning(site, answer)
+        if not isinstance(says, Rules):
+            seconds = self._cool_down_s
+        with self._lock:
+            self._known[site] = (time.monotonic() + seconds, says)
+            return self._waiting.pop(site)
+
+    def _meaning(self, site: str, answer: Answer | Exception) -> Rules | Rejected | Exception:
+        if isinstance(answer, Exception):
+            return answer
+        if isinstance(answer, Rejected) and is_transient(answer.reason):
+            return Rejected(answer.reason, "robots.txt did not come")
+        # A site without the file allows all. So does one whose file leads nowhere: each row finds that out by itself.
+        rules = ALL_ALLOWED
+        if isinstance(answer, Fetched):
+            rules = parse(answer.data)
+            answer.release()
+        elif answer.reason != Reason.HTTP_4XX:
+            return rules
+        self._cache.put(site, rules)
+        return rules
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+class Fetcher:
+    """Fetches URLs with threads of its own. A context manager: at its end open requests end as `timeout`.
+
+    A row is several requests: redirects, retries, and robots.txt before the first one of a site. Between two of them it
+    waits in `Turns` and holds no thread. `ssl_context` replaces the system's trusted authorities, `resolver` the
+    system's resolver, `robots_cache` the folder where the workers of a node share what robots.txt files said.
     """
 
     def __init__(
-        self, settings: FetchSettings, *, ssl_context: ssl.SSLContext | None = None, resolver: Resolver | None = None
+        self,
+        settings: FetchSettings,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        resolver: Resolver | None = None,
+        robots_cache: Path | None = None,
     ) -> None:
         self.settings = settings
         contact = f" (+{settings.contact})" if settings.contact else ""
         self._headers = {
-            "User-Agent": f"armchair/0.1{contact}",
+            "User-Agent": f"{PRODUCT_TOKEN}/0.1{contact}",
             "Accept": "image/*,*/*;q=0.5",
             "Accept-Encoding": "identity",
             "Connection": "close",
@@ -123,12 +233,16 @@ class Fetcher:
         self._ssl_context = ssl_context or _shared_ssl_context()
         self._allowed = [ipaddress.ip_network(network) for network in settings.allow_private]
         self._closing = threading.Event()
-        self._reaper = _Reaper()
+        self._reaper = Reaper()
         self._names = Names(resolver or system_resolver, settings.threads)
-        self._budget = _Budget(settings.bytes_in_flight, settings.max_bytes, self._closing)
+        self._budget = Budget(settings.bytes_in_flight, settings.max_bytes, self._closing)
         # First pieces of all threads take half the budget; the other half lets bodies grow.
         self._piece = min(settings.max_bytes, max(1 << 20, settings.bytes_in_flight // (2 * settings.threads)))
-        self._hosts = _Hosts(settings.connections_per_host)
+        self._turns = Turns[_Row](
+            settings.connections_per_host, settings.deadline_s, settings.dead_after, settings.dead_host_s
+        )
+        self._robots = _SiteRules(NodeCache(robots_cache), settings.dead_host_s)
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Fetcher:
         return self
@@ -137,61 +251,141 @@ class Fetcher:
         self.close()
 
     def close(self) -> None:
-        """Shuts what is open; requests that are under way return `timeout`."""
+        """Shuts what is open; rows that are under way end as `timeout`."""
         self._closing.set()
         self._names.close()
         self._reaper.close()
+        self._turns.close()
+        for thread in self._threads:
+            thread.join()
+        self._robots.close()
 
-    def fetch(self, url: str, *, not_after: float = math.inf) -> Fetched | Rejected:
-        """Asks for one URL: its body, or why there is none. What the web does raises nothing.
+    def fetch(self, url: str, *, not_after: float = math.inf) -> Answer:
+        """Asks for one URL and waits: its body, or why there is none. What the web does raises nothing."""
 
-        The deadline does not run while the row waits for a free connection of its host or for room in the byte
-        budget: these are our limits. `not_after` (time.monotonic() seconds) runs always; it is the shard's deadline.
+        def answered(answer: Answer | Exception) -> Answer:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return self.submit(url, answered, not_after=not_after).result()
+
+    def submit(
+        self, url: str, then: Callable[[Answer | Exception], Result], *, not_after: float = math.inf
+    ) -> Future[Result]:
+        """Asks for one URL; the future holds what `then` makes of the answer, in the thread that fetched it.
+
+        The deadline does not run while the row waits for a turn at its host or for room in the byte budget: these are
+        our limits. `not_after` (time.monotonic() seconds) runs always; it is the shard's deadline. An exception is a
+        bug of ours, never the web's doing.
         """
+        result: Future[Result] = Future()
+
+        def end(answer: Answer | Exception) -> None:
+            try:
+                result.set_result(then(answer))
+            except BaseException as error:
+                result.set_exception(error)
+
         target = normal_url(url)
         if isinstance(target, Rejected):
-            return target
-        clock = _Clock(self.settings.deadline_s, not_after)
-        for attempt in range(self.settings.retries + 1):
-            try:
-                return self._follow(target, clock)
-            except _No as no:
-                wait_s = max(self.settings.backoff_s * 2**attempt, no.retry_after_s)
-                again = no.again and attempt < self.settings.retries and wait_s < clock.remaining()
-                if not again or self._closing.wait(wait_s):
-                    return no.rejected
-        raise AssertionError("unreachable: the last attempt returns")
+            end(target)
+            return result
+        clock = Clock(self.settings.deadline_s, not_after)
+        clock.stop()
+        self._turns.put(target.host, _Row(target, clock, end, robots=False))
+        if len(self._threads) < self.settings.threads:
+            thread = threading.Thread(target=self._work, name="fetch", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return result
 
-    def _follow(self, target: Target, clock: _Clock) -> Fetched:
-        """One attempt: the request and its redirects."""
-        for hop in range(self.settings.max_redirects + 1):
-            with self._host_slot(target.host, clock):
-                answer = self._request(target, clock, redirected=hop > 0)
-            if isinstance(answer, Fetched):
-                return answer
+    def _work(self) -> None:
+        while (turn := self._turns.take()) is not None:
+            host, row = turn
+            answer: Answer | Exception | None
             try:
-                following = normal_url(urljoin(target.url, answer))
-            except ValueError:  # "//[": urljoin parses too
-                following = Rejected(Reason.URL_INVALID)
-            if isinstance(following, Rejected):
-                raise _No(Reason.REDIRECT_FORBIDDEN, "to what is no http or https URL")
-            target = following
-        raise _No(Reason.REDIRECT_LIMIT)
+                answer = self._step(row)
+            except Exception as error:
+                answer = error
+            finally:
+                self._turns.leave(host)
+            if answer is not None:
+                row.end(answer)
 
-    @contextmanager
-    def _host_slot(self, host: str, clock: _Clock) -> Iterator[None]:
-        with clock.paused():
-            slot = self._hosts.enter(host, clock.not_after, self._closing)
-        if not slot:
-            raise _No(Reason.TIMEOUT, "the shard's time was over")
+    def _step(self, row: _Row) -> Answer | None:
+        """One request of a row; None: it waits for its next one."""
+        row.clock.go_on()
+        host = row.target.host
+        if self._closing.is_set() or row.clock.not_after <= time.monotonic():
+            return row.said or Rejected(Reason.TIMEOUT, "the shard's time was over")
+        if refusal := self._turns.refusal(host):
+            return refusal
+        if self.settings.robots and not row.is_robots:
+            rules = self._robots.of(row, self._ask_for_robots)
+            if rules is None or isinstance(rules, Rejected):
+                return rules
+            if not rules.allow(row.target.path):
+                return Rejected(Reason.ROBOTS)
         try:
-            yield
-        finally:
-            self._hosts.leave(host)
+            answer = self._request(row)
+        except _No as no:
+            self._learn(host, no)
+            return self._perhaps_again(row, no)
+        self._turns.answered(host)
+        return answer if isinstance(answer, Fetched) else self._redirect(row, answer)
 
-    def _request(self, target: Target, clock: _Clock, *, redirected: bool) -> Fetched | str:
+    def _learn(self, host: str, no: _No) -> None:
+        """What a failed request says about its host."""
+        if self._closing.is_set():
+            return
+        if no.retry_after_s or no.rejected.reason in _SILENCE:
+            self._turns.failed(host, no.rejected, no.retry_after_s)
+        elif no.rejected.http_status:
+            self._turns.answered(host)
+
+    def _perhaps_again(self, row: _Row, no: _No) -> Rejected | None:
+        row.said = no.rejected
+        wait_s = max(self.settings.backoff_s * 2**row.tries, no.retry_after_s)
+        if not no.again or row.tries >= self.settings.retries or wait_s >= row.clock.remaining():
+            return no.rejected
+        row.again()
+        at = time.monotonic() + wait_s
+        row.clock.stop(at)
+        self._turns.put(row.target.host, row, not_before=at)
+        return None
+
+    def _redirect(self, row: _Row, location: str) -> Rejected | None:
+        if row.hops >= self.settings.max_redirects:
+            return Rejected(Reason.REDIRECT_LIMIT)
+        try:
+            following = normal_url(urljoin(row.target.url, location))
+        except ValueError:  # "//[": urljoin parses too
+            following = Rejected(Reason.URL_INVALID)
+        if isinstance(following, Rejected):
+            return Rejected(Reason.REDIRECT_FORBIDDEN, "to what is no http or https URL")
+        row.target, row.hops = following, row.hops + 1
+        row.clock.stop()
+        self._turns.put(following.host, row, first=True)
+        return None
+
+    def _ask_for_robots(self, row: _Row) -> None:
+        """Lets a robots.txt take its turn at its host; `row` is the first that needs it."""
+        site = row.target.site
+        target = replace(row.target, path="/robots.txt")
+
+        def end(answer: Answer | Exception) -> None:
+            for waiting in self._robots.learn(site, answer):
+                self._turns.put(waiting.target.host, waiting, first=True)
+
+        clock = Clock(self.settings.deadline_s, row.clock.not_after)
+        clock.stop()
+        self._turns.put(target.host, _Row(target, clock, end, robots=True), first=True)
+
+    def _request(self, row: _Row) -> Fetched | str:
         """One GET: the body, or the Location of a redirect."""
-        addresses = self._checked_addresses(target.host, clock, redirected=redirected)
+        target, clock = row.target, row.clock
+        addresses = self._checked_addresses(target.host, clock, redirected=row.hops > 0)
         with self._reaper.watch(clock.at) as watch:
             connection = _connection(target, self._ssl_context)
             response: HTTPResponse | None = None
@@ -201,11 +395,11 @@ class Fetcher:
                 step = "head"
                 connection.request("GET", target.path, headers=self._headers)
                 response = connection.getresponse()
-                location = self._judge_status(response)
+                location = self._judge_head(response, row)
                 if location is not None:
                     return location
                 step = "body"
-                return self._read_body(response, target, clock, watch)
+                return self._read_body(response, row, watch)
             except (OSError, HTTPException) as error:
                 # After the reaper's shut, http.client sees an orderly end or any error: the flag alone is the truth.
                 raise _no_for(error, step) if not watch.expired else _No(Reason.TIMEOUT, step) from error
@@ -215,7 +409,7 @@ class Fetcher:
                 if response is not None:  # it holds the socket open behind the connection's back
                     response.close()
 
-    def _checked_addresses(self, host: str, clock: _Clock, *, redirected: bool) -> Sequence[str]:
+    def _checked_addresses(self, host: str, clock: Clock, *, redirected: bool) -> Sequence[str]:
         try:
             addresses = self._names.addresses(host, clock.remaining())
         except (TimeoutError, CancelledError) as error:
@@ -236,7 +430,7 @@ class Fetcher:
         ip = getattr(ip, "ipv4_mapped", None) or ip
         return is_public(address) or any(ip in network for network in self._allowed)
 
-    def _connect(self, addresses: Sequence[str], target: Target, clock: _Clock, watch: _Watch) -> socket.socket:
+    def _connect(self, addresses: Sequence[str], target: Target, clock: Clock, watch: Watch) -> socket.socket:
         """A connection to one of the checked addresses; TLS is spoken with the name of the host."""
         until = min(clock.at, time.monotonic() + self.settings.connect_s)
         tries = addresses[:3]
@@ -258,14 +452,19 @@ class Fetcher:
             return secure
         return sock
 
-    def _judge_status(self, response: HTTPResponse) -> str | None:
-        """None for an answer with a picture's body, the Location of a redirect, or _No."""
+    def _judge_head(self, response: HTTPResponse, row: _Row) -> str | None:
+        """None for an answer with a body that we may take, the Location of a redirect, or _No."""
         status = response.status
         location = response.getheader("Location")
         if status in (301, 302, 303, 307, 308) and location:
             # http.client decodes headers as Latin-1; servers write UTF-8.
             return location.encode("latin-1").decode("utf-8", "replace")
         if 200 <= status < 300:
+            if row.is_robots:
+                return None
+            tags, tdm = (response.msg.get_all(name, []) for name in ("X-Robots-Tag", "TDM-Reservation"))
+            if self.settings.opt_out and (tags or tdm) and opts_out(tags, tdm, PRODUCT_TOKEN):
+                raise _No(Reason.OPT_OUT, "", status)
             if response.getheader("Content-Type", "").lower().startswith(("video/", "audio/")):
                 raise _No(Reason.CONTENT_TYPE, "video or audio", status)
             return None
@@ -274,31 +473,37 @@ class Fetcher:
             reason = {4: Reason.HTTP_4XX, 5: Reason.HTTP_5XX}.get(status // 100, Reason.HTTP_STATUS)
         raise _No(reason, "", status, retry_after_s=_seconds(response.getheader("Retry-After")))
 
-    def _read_body(self, response: HTTPResponse, target: Target, clock: _Clock, watch: _Watch) -> Fetched:
-        status, limit = response.status, self.settings.max_bytes
+    def _read_body(self, response: HTTPResponse, row: _Row, watch: Watch) -> Fetched:
+        status, clock = response.status, row.clock
+        limit = MAX_BYTES if row.is_robots else self.settings.max_bytes
         encoding = response.getheader("Content-Encoding", "").strip().lower()
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise _No(Reason.CONTENT_TYPE, "a content encoding that nobody asked for", status)
         inflater = zlib.decompressobj(wbits=47) if encoding not in ("", "identity") else None  # 47: gzip or zlib
         declared = response.length  # None: chunked, or until the connection ends
+        if row.is_robots and declared is not None:
+            declared = min(declared, limit)
         if declared is not None and declared > limit:
             raise _No(Reason.TOO_LARGE, "declared", status)
         whole = declared if inflater is None else None
-        room, kept = _Room(), 0
+        room, kept, is_cut = Room(), 0, False
         try:
             self._take_room(room, self._piece if whole is None else whole, clock, watch, is_whole=whole is not None)
             if whole is not None:  # one allocation and no copy
                 body: bytes | bytearray = response.read(whole)
                 wire = len(body)
             else:
-                body, wire = self._read_growing(response, inflater, room, clock, watch)
+                body, wire = self._read_growing(response, inflater, room, row, watch)
+                is_cut = row.is_robots and len(body) == limit  # by us: the rest counts for nothing
             if watch.expired:
                 raise _No(Reason.TIMEOUT, "body", status)
-            if (declared is not None and wire < declared) or (inflater is not None and wire and not inflater.eof):
+            if not is_cut and (
+                (declared is not None and wire < declared) or (inflater is not None and wire and not inflater.eof)
+            ):
                 raise _No(Reason.TRUNCATED, "", status)
             if not body:
                 # Without a length or chunks, the end of the connection is all there is: no proof that nothing was cut.
-                proven = declared is not None or response.chunked or wire
+                proven = declared is not None or response.chunked or wire or row.is_robots
                 raise _No(Reason.EMPTY if proven else Reason.TRUNCATED, "", status)
             kept = len(body)
         except zlib.error as error:
@@ -306,10 +511,10 @@ class Fetcher:
         finally:
             self._budget.keep(room, kept)
         content_type = response.getheader("Content-Type", "").partition(";")[0].strip().lower()[:100]
-        return Fetched(bytes(body), target.url, status, content_type, lambda: self._budget.keep(room, 0))
+        return Fetched(bytes(body), row.target.url, status, content_type, lambda: self._budget.keep(room, 0))
 
     def _read_growing(
-        self, response: HTTPResponse, inflater: zlib._Decompress | None, room: _Room, clock: _Clock, watch: _Watch
+        self, response: HTTPResponse, inflater: zlib._Decompress | None, room: Room, row: _Row, watch: Watch
     ) -> tuple[bytearray, int]:
         """A body of unknown length, and the bytes that came over the wire for it."""
         # One growing buffer: a list of chunks leaves 64 threads' worth of freed pieces in the allocator.
@@ -317,14 +522,16 @@ class Fetcher:
         while chunk := response.read1(READ_SIZE):
             wire += len(chunk)
             for piece in [chunk] if inflater is None else _inflated(inflater, chunk):
+                if row.is_robots and len(body) + len(piece) >= MAX_BYTES:
+                    return body + piece[: MAX_BYTES - len(body)], wire
                 if len(body) + len(piece) > limit:
                     raise _No(Reason.TOO_LARGE, "", response.status)
                 while len(body) + len(piece) > room.held:
-                    self._take_room(room, min(self._piece, limit - room.held), clock, watch, is_whole=False)
+                    self._take_room(room, min(self._piece, limit - room.held), row.clock, watch, is_whole=False)
                 body += piece
         return body, wire
 
-    def _take_room(self, room: _Room, n: int, clock: _Clock, watch: _Watch, *, is_whole: bool) -> None:
+    def _take_room(self, room: Room, n: int, clock: Clock, watch: Watch, *, is_whole: bool) -> None:
         if watch.expired:
             raise _No(Reason.TIMEOUT, "body")
         with watch.paused(clock):
@@ -425,14 +632,14 @@ def _connection(target: Target, context: ssl.SSLContext) -> HTTPConnection:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Retry-After as seconds from now: a number or a date; 0 without one."""
-    if not retry_after:
-        return 0.0
-    with suppress(ValueError):
-        return max(0.0, float(retry_after))
+    """Retry-After as seconds from now, a day at most: a number or a date; 0 without one."""
+    wanted = 0.0
     with suppress(ValueError, OverflowError):
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    return 0.0
+        try:
+            wanted = float(retry_after or 0)
+        except ValueError:
+            wanted = parsedate_to_datetime(retry_after or "").timestamp() - time.time()
+    return min(86_400.0, max(0.0, wanted))
 
 
 _ssl_context: ssl.SSLContext | None = None
@@ -446,210 +653,3 @@ def _shared_ssl_context() -> ssl.SSLContext:
         if _ssl_context is None:
             _ssl_context = ssl.create_default_context()
         return _ssl_context
-
-
-# --- clocks ----------------------------------------------------------------------------------------------------------
-class _Clock:
-    """The time of one row, in time.monotonic() seconds. `paused()` stops it while the row waits for us."""
-
-    def __init__(self, seconds: float, not_after: float) -> None:
-        self._at = time.monotonic() + seconds
-        self.not_after = not_after
-
-    @property
-    def at(self) -> float:
-        return min(self._at, self.not_after)
-
-    def remaining(self) -> float:
-        return self.at - time.monotonic()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._at += time.monotonic() - start
-
-
-class _Watch:
-    """What the reaper knows of one request: when it is over, and the socket to shut then."""
-
-    def __init__(self, reaper: _Reaper, at: float) -> None:
-        self.at = at
-        self.expired = False
-        self._reaper = reaper
-        self._socket: socket.socket | None = None
-        self._lock = threading.Lock()
-
-    def attach(self, sock: socket.socket) -> None:
-        """Puts a socket under the reaper's eye; TimeoutError if time was over meanwhile."""
-        with self._lock:
-            self._socket = sock
-            if self.expired:
-                raise TimeoutError
-
-    def close(self) -> None:
-        """Closes the socket; in the next moment its number may be another connection's."""
-        with self._lock:
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
-
-    def expire(self) -> None:
-        with self._lock:
-            self.expired = True
-            if self._socket is not None:
-                with suppress(OSError):  # closed by the peer in the same moment
-                    # Not SSLSocket.shutdown, which takes the TLS state away under the reading thread.
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    @contextmanager
-    def paused(self, clock: _Clock) -> Iterator[None]:
-        self._reaper.move(self, clock.not_after)
-        try:
-            with clock.paused():
-                yield
-        finally:
-            self._reaper.move(self, clock.at)
-
-
-class _Reaper:
-    """One thread that shuts the sockets whose time is over: the only cure for headers that drip."""
-
-    def __init__(self) -> None:
-        self._watches: set[_Watch] = set()
-        self._changed = threading.Condition()
-        self._next = math.inf
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="fetch-reaper", daemon=True)
-        self._thread.start()
-
-    @contextmanager
-    def watch(self, at: float) -> Iterator[_Watch]:
-        watch = _Watch(self, at)
-        with self._changed:
-            if self._closed:
-                watch.expire()
-            self._watches.add(watch)
-            self._wake_for(at)
-        try:
-            yield watch
-        finally:
-            with self._changed:
-                self._watches.discard(watch)
-
-    def move(self, watch: _Watch, at: float) -> None:
-        with self._changed:
-            watch.at = at
-            self._wake_for(at)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            for watch in self._watches:
-                watch.expire()
-            self._changed.notify()
-        self._thread.join()
-
-    def _wake_for(self, at: float) -> None:
-        if at < self._next:
-            self._changed.notify()
-
-    def _run(self) -> None:
-        with self._changed:
-            while not self._closed:
-                now = time.monotonic()
-                for watch in self._watches:
-                    if watch.at <= now and not watch.expired:
-                        watch.expire()
-                self._next = min((watch.at for watch in self._watches if not watch.expired), default=math.inf)
-                self._changed.wait(None if self._next == math.inf else max(0.0, self._next - now))
-
-
-# --- limits ----------------------------------------------------------------------------------------------------------
-class _Room:
-    """What one body holds of the budget."""
-
-    held = 0
-
-
-class _Budget:
-    """Bytes that may be in memory at once.
-
-    A body of known length reserves it whole, before the first byte. One of unknown length grows, and two half-read
-    bodies that wait for each other's room would wait for ever. So growing leaves `largest` bytes free, the most that
-    one body may need, and one body at a time, the elder, may take of these: it always comes to its end.
-    """
-
-    def __init__(self, total: int, largest: int, closing: threading.Event) -> None:
-        self._total = total
-        self._largest = largest
-        self._free = total
-        self._elder: _Room | None = None
-        self._closing = closing
-        self._changed = threading.Condition()
-
-    def take(self, room: _Room, n: int, not_after: float, *, is_whole: bool) -> bool:
-        """Waits for `n` more bytes; a body larger than the whole budget gets it when it is alone."""
-        with self._changed:
-            while not self._fits(room, n, is_whole):
-                left_s = not_after - time.monotonic()
-                if left_s <= 0 or self._closing.is_set():
-                    return False
-                self._changed.wait(min(0.5, left_s))
-            self._free -= n
-            room.held += n
-            return True
-
-    def keep(self, room: _Room, n: int) -> None:
-        """Gives back all but `n` bytes; the body grows no more."""
-        with self._changed:
-            self._free += room.held - n
-            room.held = n
-            if self._elder is room:
-                self._elder = None
-            self._changed.notify_all()
-
-    def _fits(self, room: _Room, n: int, is_whole: bool) -> bool:
-        if not is_whole and self._free >= n + self._largest:
-            return True
-        if self._free < min(n, self._total - room.held):
-            return False
-        if not is_whole:
-            if self._elder not in (None, room):
-                return False
-            self._elder = room
-        return True
-
-
-class _Hosts:
-    """At most N requests to a host at the same time; a host that nobody asks for takes no memory."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._slots: dict[str, tuple[threading.Semaphore, int]] = {}
-
-    def enter(self, host: str, not_after: float, closing: threading.Event) -> bool:
-        with self._lock:
-            semaphore, users = self._slots.get(host, (None, 0))
-            semaphore = semaphore or threading.Semaphore(self._limit)
-            self._slots[host] = (semaphore, users + 1)
-        while not closing.is_set() and (left := not_after - time.monotonic()) > 0:
-            if semaphore.acquire(timeout=min(0.5, left)):
-                return True
-        self._forget(host)
-        return False
-
-    def leave(self, host: str) -> None:
-        self._slots[host][0].release()
-        self._forget(host)
-
-    def _forget(self, host: str) -> None:
-        with self._lock:
-            semaphore, users = self._slots[host]
-            if users == 1:
-                del self._slots[host]
-            else:
-                self._slots[host] = (semaphore, users - 1)

@@ -18,8 +18,9 @@ import trustme
 from pydantic import ValidationError
 
 from ops import demo_web
-from ops.fetch import Fetched, Fetcher, FetchSettings, _Clock, _No, _Room
+from ops.fetch import Fetched, Fetcher, FetchSettings, _No
 from ops.filters import FilterSettings, judge_header, judge_pixels
+from ops.limits import Clock, Room
 from ops.pictures import Header, decode, read_header
 from ops.reasons import SUCCESS, Rejected
 
@@ -99,7 +100,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo_web.DemoWeb]:
 
 
 def settings(**values: object) -> FetchSettings:
-    return FetchSettings(**{"allow_private": LOOPBACK, "deadline_s": 5.0, "backoff_s": 0.01} | values)
+    return FetchSettings(**{"allow_private": LOOPBACK, "deadline_s": 5.0, "backoff_s": 0.01, "robots": False} | values)
 
 
 def reason(answer: Fetched | Rejected) -> str:
@@ -133,7 +134,7 @@ def test_each_way_to_misbehave_ends_as_promised(tmp_path: Path) -> None:
     asked = {path.split("/")[2]: n for path, n in web.counts().items() if path.startswith("/hostile")}
     assert asked["broken"] == 3
     assert asked["heals"] == asked["retry_after"] == 2
-    assert asked["missing"] == asked["retry_long"] == asked["corrupt"] == asked["bomb"] == 1
+    assert asked["missing"] == asked["corrupt"] == asked["bomb"] == 1
 
 
 @pytest.mark.parametrize("kind", ["dripped_headers", "slow", "silent"])
@@ -445,7 +446,7 @@ def test_a_row_whose_time_is_over_does_not_wait_for_room() -> None:
         with fetcher._reaper.watch(0) as watch:
             watch.expire()
             with pytest.raises(_No) as no:
-                fetcher._take_room(_Room(), 5, _Clock(5, time.monotonic() + 5), watch, is_whole=True)
+                fetcher._take_room(Room(), 5, Clock(5, time.monotonic() + 5), watch, is_whole=True)
         assert no.value.rejected.detail == "body"
 
 
