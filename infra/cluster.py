@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +46,18 @@ def connect(cluster: Cluster) -> Iterator[str | None]:
     A local Ray ends with the outermost `with`; a cluster that was joined goes on. Joining ships the repo as
     `working_dir`, so that `from ops.fetch import fetch` means the same on every node.
     """
+    try:
+        with _connected(cluster) as dashboard:
+            yield dashboard
+    except SystemError as error:
+        # What a signal's handler raises while Ray waits comes out of it as this.
+        if error.__cause__ is None or isinstance(error.__cause__, Exception):
+            raise
+        raise error.__cause__ from None
+
+
+@contextmanager
+def _connected(cluster: Cluster) -> Iterator[str | None]:
     quiet_environment()
     if cluster.address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a Ray of our own on loopback; token auth is for clusters
@@ -56,32 +70,51 @@ def connect(cluster: Cluster) -> Iterator[str | None]:
     if cluster.address is None:
         # A short path: Ray's socket names must stay under 107 characters.
         with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
-            context = ray.init(
-                address="local",
-                num_cpus=cluster.cpus,
-                include_dashboard=cluster.dashboard,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=256 << 20,
-                _temp_dir=scratch,
-                runtime_env={"env_vars": {**environment, "PYTHONPATH": str(REPO)}},
-            )
+            with _our_sigterm():
+                context = ray.init(
+                    address="local",
+                    num_cpus=cluster.cpus,
+                    include_dashboard=cluster.dashboard,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=256 << 20,
+                    _temp_dir=scratch,
+                    runtime_env={"env_vars": {**environment, "PYTHONPATH": str(REPO)}},
+                )
             try:
                 yield _http(context.dashboard_url)
             finally:
                 ray.shutdown()
         return
     excludes = [".git", ".venv", "runs", "tests", "docs", "*.parquet", "*.tar"]
-    context = ray.init(
-        address=cluster.address,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"working_dir": str(REPO), "excludes": excludes, "env_vars": environment},
-    )
+    with _our_sigterm():
+        context = ray.init(
+            address=cluster.address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"working_dir": str(REPO), "excludes": excludes, "env_vars": environment},
+        )
     try:
         yield _http(context.dashboard_url)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _our_sigterm() -> Iterator[None]:
+    """Who handled SIGTERM goes on to: ray.init puts handlers of Python and of C in its place, and the second one aborts
+    the process with a dump of its stack, before anybody can say how to go on."""
+    handler = signal.getsignal(signal.SIGTERM)
+    is_ours = callable(handler) and threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    except SystemExit:  # how Ray's handler leaves, if the signal comes while it starts
+        if is_ours:
+            signal.signal(signal.SIGTERM, handler)
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    if is_ours:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _http(url: str | None) -> str | None:
