@@ -10,8 +10,6 @@ filter wants (ops/filters.py), how a shard is committed (ops/shards.py).
 
 from __future__ import annotations
 
-import json
-import math
 import random
 import secrets
 import threading
@@ -19,18 +17,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from infra.store import Store, absolute, open_store
+from ops.adopt import is_adoption, take_adopted
 from ops.attempts import Attempt, count_deferrals
-from ops.errors import DamagedArtifact
+from ops.errors import DamagedArtifact, StorageError
 from ops.fetch import Fetched, Fetcher, FetchSettings
 from ops.filters import FilterSettings, judge_header, judge_pixels
 from ops.pictures import PictureSettings, decode, dhash, encode_jpeg, read_header, resize_short_side
@@ -47,11 +46,11 @@ from ops.shards import (
     read_table,
     receipt_key,
     scratch_directory,
-    sidecar_schema,
     tar_members,
     write_table,
     write_tar,
 )
+from ops.sidecar import COLUMNS, Row, Spool, members, sidecar
 from ops.waves import ShardOutcome, Tick, drive, on_ray
 
 if TYPE_CHECKING:
@@ -89,6 +88,8 @@ class IngestTask:
     accept_partial: bool = False
     again: Literal["transient", "rejected"] = "transient"
     run: str = ""
+    adopted: Literal["no", "first", "only"] = "no"
+    """Whether its pictures lie in a folder that was adopted; with `only` what is not found there fails the shard."""
 
     @property
     def shard(self) -> int:
@@ -119,18 +120,23 @@ def pending_tasks(
     outage: OutageSettings,
     *,
     accept_partial: bool = False,
+    only_adopted: bool = False,
 ) -> list[IngestTask]:
     """The shards that are planned and not committed, in an order of this run's own: two runs side by side seldom take
-    the same shard."""
+    the same shard. `only_adopted`: those alone whose pictures lie in a folder that was adopted, and without the web."""
     done = committed_generations(open_store(location))
     run = secrets.token_hex(6)
     here = absolute(location)  # a worker has another directory
-    tasks = [
-        IngestTask(here, order, fetch, picture, filters, outage, accept_partial=accept_partial, run=run)
-        for instalment in instalments
-        for order in instalment.work_orders
-        if order.shard not in done
-    ]
+    task = partial(IngestTask, fetch=fetch, picture=picture, filters=filters, outage=outage, run=run)
+    tasks = []
+    for instalment in instalments:
+        adopted: Literal["no", "first", "only"] = "no"
+        if is_adoption(instalment):
+            adopted = "only" if only_adopted else "first"
+        elif only_adopted:
+            continue
+        orders = (order for order in instalment.work_orders if order.shard not in done)
+        tasks += [task(here, order, accept_partial=accept_partial, adopted=adopted) for order in orders]
     # Shuffled and not rotated: of two rotations the one behind skips what is done, catches up, and from there on both
     # fetch every shard side by side.
     random.Random(run).shuffle(tasks)
@@ -183,14 +189,14 @@ def ingest_shard(task: IngestTask) -> ShardOutcome:
     with Attempt(store, "pairs", task.shard, task.generation, task.run) as attempt, scratch_directory() as scratch:
         table = read_work_order(store, task.work_order)
         base = _Base.read(store, task, scratch) if task.generation else None
-        rows = base.rows if base else [_Row(said or "", why) for said, why in _verdicts(table)]
+        rows = base.rows if base else [Row(said or "", why) for said, why in _verdicts(table)]
         asked = [
             i
             for i, (row, (said, _)) in enumerate(zip(rows, _verdicts(table), strict=True))
             if _is_asked(task, row, said)
         ]
-        with _Spool(scratch / "spool") as spool:
-            for i, row in zip(asked, _fetch_rows(task, table, asked, spool, attempt), strict=True):
+        with Spool(scratch / "spool") as spool:
+            for i, row in _rows_of(task, table, asked, spool, scratch, attempt).items():
                 if not (base and is_transient(row.status)):  # a rerun that fails again has learned nothing
                     rows[i] = row
             counts = Counter(row.status for row in rows)
@@ -215,7 +221,7 @@ def _verdicts(table: pa.Table) -> list[tuple[str | None, str | None]]:
     return list(zip(table["status"].to_pylist(), table["detail"].to_pylist(), strict=True))
 
 
-def _is_asked(task: IngestTask, row: _Row, planned: str | None) -> bool:
+def _is_asked(task: IngestTask, row: Row, planned: str | None) -> bool:
     """Whether this row is fetched by the task. What the plan decided (`planned`) is never asked for."""
     if task.generation == 0 or planned is not None:
         return planned is None
@@ -228,72 +234,41 @@ def _is_outage(store: Store, task: IngestTask, transient: int, asked: int) -> bo
     return count_deferrals(store, task.shard, task.generation) < task.outage.max_deferrals
 
 
-@plain_dataclass
-class _Row:
-    """What ingestion says of one row: the sidecar's columns of the same names, and where its new JPEG is spooled."""
+def _rows_of(
+    task: IngestTask, table: pa.Table, asked: list[int], spool: Spool, scratch: Path, attempt: Attempt
+) -> dict[int, Row]:
+    """What becomes of these rows: pictures of an adopted folder are taken from it, the others are fetched."""
+    rows = {} if task.adopted == "no" else take_adopted(table, asked, task.filters, spool, attempt)
+    left = [i for i in asked if i not in rows]
+    if left and task.adopted == "only":
+        raise StorageError(
+            f"{table['adopted_from'][left[0]]}: {len(left)} of {len(asked)} pictures of shard {task.shard:05d} are not "
+            "there any more, or not as they were looked at.",
+            "Put the folder back and run the same adopt again, or let `armchair ingest` fetch them.",
+        )
+    if task.picture.engine == "img2dataset":
+        from ops import img2dataset_engine
 
-    status: str = ""
-    detail: str | None = None
-    http_status: int | None = None
-    final_url: str | None = None
-    bytes_in: int | None = None
-    content_type: str | None = None
-    sha256: str | None = None
-    dhash: str | None = None
-    original_width: int | None = None
-    original_height: int | None = None
-    width: int | None = None
-    height: int | None = None
-    exif_orientation: int | None = None
-    tar_offset: int | None = None
-    jpg_size: int | None = None
-    spooled_at: int | None = None
-
-    def reject(self, rejected: Rejected) -> _Row:
-        self.status, self.detail = str(rejected.reason), rejected.detail or None
-        self.http_status = rejected.http_status or self.http_status
-        return self
+        urls, not_after_s = table["url"].take(left).to_pylist(), time.monotonic() + task.outage.shard_deadline_s
+        fetched = img2dataset_engine.fetch_rows(
+            urls, task.fetch, task.picture, task.filters, spool, scratch, attempt, not_after_s=not_after_s
+        )
+    else:
+        fetched = _fetch_rows(task, table, left, spool, attempt)
+    return rows | dict(zip(left, fetched, strict=True))
 
 
-COLUMNS = tuple(column.name for column in fields(_Row) if column.name != "spooled_at")
-
-
-class _Spool:
-    """JPEGs in the order of their arrival, on scratch: memory stays small, and the tar is assembled in key order."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b")
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def append(self, data: bytes) -> int:
-        """Returns where it lies."""
-        with self._lock:
-            at = self._file.seek(0, 2)
-            self._file.write(data)
-            return at
-
-    def read(self, at: int, size: int) -> bytes:
-        with self._lock:
-            self._file.seek(at)
-            return self._file.read(size)
-
-
-def _fetch_rows(task: IngestTask, table: pa.Table, asked: list[int], spool: _Spool, attempt: Attempt) -> list[_Row]:
-    """Fetches and judges these rows with many threads; decoding takes turns, since the task has one CPU."""
+def _fetch_rows(task: IngestTask, table: pa.Table, asked: list[int], spool: Spool, attempt: Attempt) -> list[Row]:
+    """Fetches and judges these rows in the fetcher's threads; decoding takes turns, since the task has one CPU."""
     keys, urls = table["key"].to_pylist(), table["url"].to_pylist()
     not_after_s = time.monotonic() + task.outage.shard_deadline_s
     turn = threading.Lock()
 
-    def pair(i: int) -> _Row:
-        row, jpeg = _Row(), b""
+    def judged(i: int, answer: Fetched | Rejected | Exception) -> Row:
+        row, jpeg = Row(), b""
         try:  # the one `except Exception` of the pipeline: a bug that one picture meets must not cost its shard
-            answer = fetcher.fetch(urls[i], not_after=not_after_s)
+            if isinstance(answer, Exception):
+                raise answer
             if isinstance(answer, Rejected):
                 row.reject(answer)
             else:
@@ -311,15 +286,11 @@ def _fetch_rows(task: IngestTask, table: pa.Table, asked: list[int], spool: _Spo
         return row
 
     with Fetcher(task.fetch) as fetcher:
-        pool = ThreadPoolExecutor(max(1, min(task.fetch.threads, len(asked))), "fetch")
-        try:
-            return list(pool.map(pair, asked))
-        finally:
-            fetcher.close()  # before the pool is waited for: open requests end now
-            pool.shutdown(cancel_futures=True)
+        rows = [fetcher.submit(urls[i], partial(judged, i), not_after=not_after_s) for i in asked]
+        return [row.result() for row in rows]
 
 
-def _picture(answer: Fetched, row: _Row, picture: PictureSettings, filters: FilterSettings) -> bytes:
+def _picture(answer: Fetched, row: Row, picture: PictureSettings, filters: FilterSettings) -> bytes:
     """Fills the row from a fetched body; returns the JPEG to store, or nothing where the row was rejected."""
     row.http_status, row.final_url, row.content_type = answer.http_status, answer.final_url, answer.content_type
     row.bytes_in, row.sha256 = len(answer.data), sha256(answer.data)
@@ -351,7 +322,7 @@ class _Base:
     """The generation that a rerun grows out of: its receipt, its rows, and its tar on scratch."""
 
     receipt: Receipt
-    rows: list[_Row]
+    rows: list[Row]
     tar: Path
     places: dict[str, list[tuple[str, int, int]]]
 
@@ -361,7 +332,7 @@ class _Base:
         if receipt.made_from["work_order"] != task.work_order.sha256:
             found = f"work order {receipt.made_from['work_order']}"
             raise DamagedArtifact(f"{store.location}/{receipt.key}", f"work order {task.work_order.sha256}", found)
-        rows = [_Row(**record) for record in read_table(store, receipt, list(COLUMNS)).to_pylist()]
+        rows = [Row(**record) for record in read_table(store, receipt, list(COLUMNS)).to_pylist()]
         tar = scratch / "base.tar"
         download(store, receipt.files["tar"], tar)
         places: dict[str, list[tuple[str, int, int]]] = {}
@@ -377,22 +348,26 @@ class _Base:
                 yield name, file.read(size)
 
 
+def _none_before(key: str) -> NoReturn:
+    raise AssertionError(f"{key} is kept, and nobody has its picture")
+
+
 def _commit(
     store: Store,
     task: IngestTask,
     table: pa.Table,
-    rows: list[_Row],
-    spool: _Spool,
+    rows: list[Row],
+    spool: Spool,
     base: _Base | None,
     scratch: Path,
     started_s: float,
 ) -> tuple[Literal["committed", "already"], Receipt]:
     """Writes tar and sidecar to scratch and publishes them; with the receipt that stands in the store now."""
     tar, parquet = scratch / "shard.tar", scratch / "shard.parquet"
-    offsets = write_tar(tar, _members(table, rows, spool, base))
+    offsets = write_tar(tar, members(table, rows, spool, base.members if base else _none_before))
     for key, row in zip(table["key"].to_pylist(), rows, strict=True):
         row.tar_offset = offsets.get(f"{key}.jpg")
-    row_groups = write_table(parquet, _sidecar(table, rows))
+    row_groups = write_table(parquet, sidecar(table, rows))
     made_from = {"work_order": task.work_order.sha256}
     if base:
         if [ref.sha256 for ref in (base.receipt.files["tar"], base.receipt.files["parquet"])] == [
@@ -416,48 +391,3 @@ def _commit(
     )
     published = publish(store, receipt, {"tar": tar, "parquet": parquet}, started_s=started_s)
     return ("committed", published) if published else ("already", read_receipt(store, task.shard, task.generation))
-
-
-def _members(table: pa.Table, rows: list[_Row], spool: _Spool, base: _Base | None) -> Iterator[tuple[str, bytes]]:
-    """KEY.jpg KEY.json KEY.txt of every kept pair, in the order of keys (which is that of rows)."""
-    for record, row in zip(table.to_pylist(), rows, strict=True):
-        if row.status != SUCCESS:
-            continue
-        key = record["key"]
-        if row.spooled_at is None:
-            assert base is not None
-            yield from base.members(key)
-            continue
-        assert row.jpg_size is not None
-        yield f"{key}.jpg", spool.read(row.spooled_at, row.jpg_size)
-        yield f"{key}.json", _describe(record, row)
-        yield f"{key}.txt", (record["caption"] or "").encode()
-
-
-def _describe(record: dict[str, Any], row: _Row) -> bytes:
-    """KEY.json: the row of the work order and what ingestion found out, but not where it lies in the tar."""
-    found = {name: getattr(row, name) for name in COLUMNS if name not in ("detail", "tar_offset")}
-    known_to_json = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in (record | found).items()
-        if name != "detail"
-    }
-    return json.dumps(known_to_json, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str).encode()
-
-
-def _sidecar(table: pa.Table, rows: list[_Row]) -> pa.Table:
-    """One row per planned pair, in order, failures too: our columns, then the user's."""
-    import pyarrow as pa
-
-    schema = sidecar_schema()
-    columns = {}
-    for column in schema:
-        if column.name in COLUMNS:
-            columns[column.name] = pa.array([getattr(row, column.name) for row in rows], column.type)
-        elif column.name in table.column_names:
-            columns[column.name] = table[column.name].cast(column.type)
-        else:
-            columns[column.name] = pa.nulls(len(rows), column.type)
-    for name in table.column_names:
-        columns.setdefault(name, table[name])
-    return pa.table(columns)

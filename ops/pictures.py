@@ -15,7 +15,7 @@ import io
 import struct
 from dataclasses import dataclass as plain_dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -29,13 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class PictureSettings:
-    """How pictures are stored. Both bear identity."""
+    """How pictures are stored. All of it bears identity."""
 
     short_side_px: Annotated[int, Field(ge=8)] = 384
     """Pixels of the stored short side; 12/8 of the model's picture, the largest size the paper crops from. Smaller
     pictures stay as they are."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
     """JPEG quality of stored pictures, 1 to 100, with chroma at half size (4:2:0)."""
+    engine: Literal["armchair", "img2dataset"] = "armchair"
+    """Who makes the JPEG of what was fetched: our code, or img2dataset's Downloader and Resizer at the same size and
+    quality. It is slower, and white or sideways where ours is right (ops/img2dataset_engine.py)."""
 
 
 @plain_dataclass(frozen=True)

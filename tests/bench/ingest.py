@@ -233,10 +233,10 @@ STAGES = {
     "resize": "ops.ingest.resize_short_side",
     "hash": "ops.ingest.dhash",
     "encode": "ops.ingest.encode_jpeg",
-    "spool": "ops.ingest._Spool.append",
+    "spool": "ops.sidecar.Spool.append",
     "plan": "ops.plan.extend_plan",
     "tar": "ops.ingest.write_tar",
-    "sidecar": "ops.ingest._sidecar",
+    "sidecar": "ops.ingest.sidecar",
     "parquet": "ops.ingest.write_table",
     "commit": "ops.ingest.publish",
 }
