@@ -303,6 +303,16 @@ def show_tally(into: str, told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def show_dedup(pairs: str, told: dict[str, Any]) -> str:
+    """A line at the end of `armchair dedup`."""
+    if not told["duplicates"]:
+        return f"{pairs}: no new copies among {told['pairs']:,} kept pairs"
+    return (
+        f"{pairs}: {told['duplicates']:,} of {told['pairs']:,} kept pairs are copies of others and are left out from now "
+        f"on. Codes that were made of them stay until `armchair drop {pairs} TOKENS`, or `armchair tokenize`, is run."
+    )
+
+
 def show_trained(told: dict[str, Any]) -> str:
     """Lines at the end of a training."""
     how = "was finished already" if told["was_done"] else "trained"
