@@ -7,6 +7,7 @@
     │  ├─ RecipeChanged           the stage was made with other settings: was / now, field by field
     │  └─ RunAlive                somebody else is training in this directory
     ├─ StorageError               disk or bucket                                                   exit 3
+    │  ├─ NotShared               a local directory that not every node of the cluster sees
     │  ├─ DamagedArtifact         bytes differ from what the receipt recorded
     │  └─ UnknownFormat           written by a later version
     ├─ Diverged                   the loss is not a number                                         exit 4
@@ -80,6 +81,17 @@ class StorageError(ArmchairError):
 
     def __str__(self) -> str:
         return " ".join(str(part) for part in self.args)
+
+
+class NotShared(StorageError):
+    """NotShared(location, nodes): `nodes` are the addresses of those that do not see it."""
+
+    def __str__(self) -> str:
+        location, nodes = self.args
+        return (
+            f"{location} is not the same directory on {', '.join(nodes)}: what is written there would be lost to the "
+            "others. Use a bucket (s3://…) or a filesystem that every node mounts."
+        )
 
 
 class DamagedArtifact(StorageError):

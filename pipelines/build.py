@@ -44,7 +44,7 @@ def build(
     record_settings(run, s)
     seconds: dict[str, Cost] = {}
     with Board("build", into) as board:
-        with on_ray(cluster, board):
+        with on_ray(cluster, board, into):
             with _stage("ingest", board), timed("ingest", seconds):
                 pairs = ingest(lists, run.pairs, columns, s.plan, s.filters, s.fetch, s.picture, s.outage, cluster)
                 raise_if_unfinished(run.pairs, pairs)  # a model is never trained on part of what was asked for

@@ -48,7 +48,7 @@ def ingest(
         planned = extension.instalments
         tasks = pending_tasks(into, planned, fetch, picture, filters, outage, accept_partial=accept_partial)
         rows = sum(task.work_order.rows for task in tasks)
-        with on_ray(cluster, board):
+        with on_ray(cluster, board, into):
             tally = run_in_waves("ingest", into, tasks, lambda tick: ingest_shards(into, tasks, tick=tick), board, rows)
         lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}
         told: dict[str, Any] = end_state("ingest", into, tally, board, extension.changed, lists=lists_left)
@@ -71,7 +71,7 @@ def rerun(
         recipe = read_json(open_store(pairs), RECIPE)["identity"]
         picture, filters = PictureSettings(**recipe["picture"]), FilterSettings(**recipe["filters"])
         tasks = rerun_tasks(pairs, fetch, picture, filters, outage, again=again, shards=shards)
-        with on_ray(cluster, board):
+        with on_ray(cluster, board, pairs):
             tally = run_in_waves("rerun", pairs, tasks, lambda tick: ingest_shards(pairs, tasks, tick=tick), board)
         told: dict[str, Any] = end_state("rerun", pairs, tally, board)
     return told

@@ -24,7 +24,7 @@ def tokenize(
     """Encodes every pair shard whose latest receipt is not named by a token shard yet."""
     start_tokens(pairs, tokenizer, into, tokens)
     tasks = pending_tasks(pairs, into, tokens)
-    with Board("tokenize", into) as board, on_ray(cluster, board):
+    with Board("tokenize", into) as board, on_ray(cluster, board, pairs, tokenizer, into):
         tally = run_in_waves("tokenize", into, tasks, lambda tick: tokenize_shards(into, tasks, tick=tick), board)
         told: dict[str, Any] = end_state("tokenize", into, tally, board)
     return told

@@ -53,7 +53,7 @@ def train_transformer(
 def _train(job: Job, cluster: Cluster, place: Place) -> dict[str, Any]:
     store = open_store(job.into)
     prepare(job)  # what can be refused is refused before Ray starts
-    with Board(f"train-{job.kind}", job.into) as board, on_ray(cluster, board):
+    with Board(f"train-{job.kind}", job.into) as board, on_ray(cluster, board, job.source, job.into):
 
         def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from infra.store import absolute, open_store
 from ops.contact_sheet import contact_sheet
 from ops.errors import ArmchairError, Incomplete
 from ops.shards import read_receipt
+from ops.shared import check_shared
 from ops.waves import ShardOutcome, ShardTask, Tick, cluster_cpus, rows_under_way, wave_size
 from pipelines.artifacts import Board
 from pipelines.progress import Progress
@@ -39,9 +40,10 @@ NEXT = {
 
 
 @contextmanager
-def on_ray(cluster: Cluster, board: Board) -> Iterator[None]:
-    """`infra.cluster.connect`, and where one can watch it."""
+def on_ray(cluster: Cluster, board: Board, *places: str) -> Iterator[None]:
+    """`infra.cluster.connect`, and where one can watch it. Raises NotShared for `places` that not every node sees."""
     with connect(cluster) as dashboard:
+        check_shared(*places)
         if dashboard:
             print(f"{'ray':<12}dashboard {dashboard}", file=sys.stderr, flush=True)
             board.link("ray-dashboard", dashboard, "Ray dashboard: tasks, memory, logs of this run, while it runs")

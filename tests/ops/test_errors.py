@@ -27,6 +27,7 @@ EXAMPLES: list[tuple[ArmchairError, int, list[str]]] = [
     ),
     (errors.RunAlive("model", "host-3, process 12", 3.2), 2, ["model", "host-3, process 12", "3 s ago", "Wait for it"]),
     (errors.StorageError("The disk is full.", "Make room."), 3, ["The disk is full. Make room."]),
+    (errors.NotShared("/data", ["10.0.0.2", "10.0.0.3"]), 3, ["/data is not", "10.0.0.2, 10.0.0.3", "s3://"]),
     (errors.DamagedArtifact("a.tar", "sha256 x", "sha256 y"), 3, ["a.tar", "sha256 x", "sha256 y", "Restore"]),
     (errors.UnknownFormat("a.json", 9, 1), 3, ["a.json", "format 9", "format 1", "newer"]),
     (errors.Diverged("model", 500, 400), 4, ["model", "step 500", "step 400", "learning rate"]),
