@@ -27,11 +27,12 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from infra.store import Store, absolute, open_store
+from ops import img2dataset_engine
 from ops.adopt import is_adoption, take_adopted
 from ops.attempts import Attempt, count_deferrals
 from ops.errors import DamagedArtifact, StorageError
 from ops.fetch import Fetched, Fetcher, FetchSettings
-from ops.filters import FilterSettings, judge_header, judge_pixels
+from ops.filters import FilterSettings, judge_file, judge_header, judge_pixels
 from ops.pictures import PictureSettings, decode, dhash, encode_jpeg, read_header, resize_short_side
 from ops.plan import Instalment, PlanSettings, WorkOrder, read_instalments, read_work_order
 from ops.reasons import SUCCESS, Reason, Rejected, is_transient
@@ -103,7 +104,9 @@ def ingest_identity(plan: PlanSettings, filters: FilterSettings, picture: Pictur
 
 
 def start_pairs(store: Store, plan: PlanSettings, filters: FilterSettings, picture: PictureSettings) -> None:
-    """Writes PAIRS/recipe.json, or checks that it says the same. Raises RecipeChanged."""
+    """Writes PAIRS/recipe.json, or checks that it says the same. Raises RecipeChanged, UsageError."""
+    if picture.engine == "img2dataset":
+        img2dataset_engine.check_installed()
     ways_out = (
         "Use another --into, or the old values. For a filter that became stricter, a drop list computed from the "
         "sidecars does the same without a new download."
@@ -247,8 +250,6 @@ def _rows_of(
             "Put the folder back and run the same adopt again, or let `armchair ingest` fetch them.",
         )
     if task.picture.engine == "img2dataset":
-        from ops import img2dataset_engine
-
         urls, not_after_s = table["url"].take(left).to_pylist(), time.monotonic() + task.outage.shard_deadline_s
         fetched = img2dataset_engine.fetch_rows(
             urls, task.fetch, task.picture, task.filters, spool, scratch, attempt, not_after_s=not_after_s
@@ -294,6 +295,9 @@ def _picture(answer: Fetched, row: Row, picture: PictureSettings, filters: Filte
     """Fills the row from a fetched body; returns the JPEG to store, or nothing where the row was rejected."""
     row.http_status, row.final_url, row.content_type = answer.http_status, answer.final_url, answer.content_type
     row.bytes_in, row.sha256 = len(answer.data), sha256(answer.data)
+    if rejected := judge_file(len(answer.data), filters):
+        row.reject(rejected)
+        return b""
     header = read_header(answer.data)
     if isinstance(header, Rejected):
         row.reject(header)

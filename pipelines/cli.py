@@ -143,13 +143,20 @@ def ingest(
     url_col: UrlCol = "url",
     caption_col: CaptionCol = "caption",
     accept_partial: Annotated[bool, Parameter(negative="", help="Commit shards of an outage at once.")] = False,
+    engine: Annotated[
+        Literal["armchair", "img2dataset"] | None,
+        Parameter(
+            help="Who makes the pictures: the same as --set picture.engine. img2dataset's are slower, 16-bit ones come "
+            "out white and turned ones stay so; connections, filters and commits are ours either way."
+        ),
+    ] = None,
     cpus: Cpus = None,
     json: Json = False,
 ) -> None:
     """Plan, fetch, filter and commit pairs. Run again: does only what is missing. New lists extend what is there."""
     from pipelines.ingest import ingest as flow
 
-    s = _settings(preset, sets)
+    s = _settings(preset, (*sets, f"picture.engine={engine}") if engine else sets)
     columns = _columns(url_col, caption_col)
     told = _run(
         flow,
@@ -165,6 +172,25 @@ def ingest(
         accept_partial,
     )
     _end(into, told, json)
+
+
+@app.command(sort_key=3)
+def adopt(
+    folder: Annotated[str, Parameter(help="Output of img2dataset, with --output_format webdataset; local or s3://.")],
+    *lists: Annotated[str, Parameter(help="The lists it was made from: for pairs that no file of it tells any more.")],
+    into: Into,
+    preset: Preset = None,
+    sets: Sets = (),
+    url_col: UrlCol = "url",
+    caption_col: CaptionCol = "caption",
+    cpus: Cpus = None,
+    json: Json = False,
+) -> None:
+    """Take over a folder that img2dataset made. Sound pairs are not fetched again; the others wait for `ingest`."""
+    from pipelines.adopt import adopt as flow
+
+    s, columns = _settings(preset, sets), _columns(url_col, caption_col)
+    _end(into, _run(flow, folder, list(lists), into, columns, s.plan, s.filters, s.picture, _cluster(cpus)), json)
 
 
 @app.command(sort_key=4)

@@ -289,6 +289,8 @@ def _model_text(model: dict[str, Any]) -> str:
 def show_tally(into: str, told: dict[str, Any]) -> str:
     """Lines at the end of a sharded stage."""
     shards, pairs = told["shards"], told["pairs"]
+    if "adoption" in told:
+        return "\n".join(_adoption(into, told["adoption"], pairs))
     if not shards["planned"]:
         return f"{into}: nothing was missing"
     ended = ", ".join(f"{count} {state}" for state, count in shards.items() if count and state != "planned")
@@ -311,6 +313,20 @@ def show_dedup(pairs: str, told: dict[str, Any]) -> str:
         f"{pairs}: {told['duplicates']:,} of {told['pairs']:,} kept pairs are copies of others and are left out from now "
         f"on. Codes that were made of them stay until `armchair drop {pairs} TOKENS`, or `armchair tokenize`, is run."
     )
+
+
+def _adoption(into: str, told: dict[str, Any], pairs: dict[str, Any]) -> Iterator[str]:
+    for problem in told["problems"]:
+        yield f"{told['folder']}/{problem['shard']}: {problem['what']}"
+    known = f"; {told['already']} were planned before" if told["already"] else ""
+    yield f"{told['folder']}: {told['adopted']} sound pairs adopted, {told['missing']} left to fetch{known}"
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(pairs["rejected"].items(), key=_by_count))
+    yield f"{into}: {pairs['kept']} pairs kept without a request" + (f"; {reasons}" if reasons else "")
+    if told["unknown"] != 0 and not told["with_lists"]:
+        number = "An unknown number of" if told["unknown"] is None else told["unknown"]
+        yield f"{number} pairs are lost to the folder. Run it again with the list: armchair adopt FOLDER LIST --into …"
+    if told["missing"]:
+        yield f"`armchair ingest --into {into}` fetches what is left"
 
 
 def show_trained(told: dict[str, Any]) -> str:
