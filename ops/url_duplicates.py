@@ -75,7 +75,8 @@ class LostRows:
     def has(self, numbers: Numbers) -> Flags:
         """Which of these rows were added."""
         bits = self._bits[numbers >> 3] >> (numbers & 7).astype(np.uint8)
-        return (bits & 1).astype(np.bool_)
+        found: Flags = (bits & 1).astype(np.bool_)
+        return found
 
 
 class UrlDuplicates:
