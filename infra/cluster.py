@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -28,9 +29,15 @@ QUIET = {
 class Cluster:
     """Where to run: Ray's address (None: a local Ray) and how many CPUs a local one may use."""
 
+    # For Prefect's form: pydantic itself would make `--help` slower.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+
     address: str | None = field(default_factory=lambda: os.environ.get("RAY_ADDRESS") or None)
+    """Ray's address; without one a Ray of its own is started on this machine for the time of the run."""
     cpus: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """CPUs of a local Ray."""
     dashboard: bool = False
+    """Whether a local Ray shows its dashboard; the run links to it."""
 
 
 def quiet_environment() -> None:

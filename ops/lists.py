@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -47,8 +47,12 @@ FORMATS = ("parquet", "csv", "tsv", "json", "jsonl", "txt")
 class Columns:
     """Which columns of a list hold the URL and the caption."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+
     url: str = "url"
+    """Column of URLs."""
     caption: str = "caption"
+    """Column of captions."""
 
 
 @dataclass(frozen=True)

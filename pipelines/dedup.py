@@ -14,7 +14,7 @@ from pipelines.show import show_dedup
 from pipelines.waves import on_ray
 
 
-@flow(name="dedup", persist_result=False)
+@flow(name="ingest", flow_run_name="dedup {pairs}", persist_result=False)  # ingest/dedup: see pipelines/ingest.py
 def dedup(pairs: str, cluster: Cluster = Cluster()) -> dict[str, Any]:
     """Looks for copies among all kept pairs of PAIRS, by bytes and by picture; again after growth: only new ones go."""
     with (

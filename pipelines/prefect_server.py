@@ -8,11 +8,14 @@ ever. So it is started deaf to that signal: it ends with the process, by Prefect
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import wraps
 from typing import Any, TypeVar
 
 import httpx
+from prefect import Flow, State
 from prefect.settings import get_current_settings
 
 from ops.errors import StorageError
@@ -20,15 +23,33 @@ from ops.errors import StorageError
 T = TypeVar("T")
 
 
-def run_flow(flow: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """The flow's result. Raises StorageError where Prefect's server does not answer, at the start or any more."""
+def run_flow(flow: Flow[..., T], *arguments: Any, **named: Any) -> T:
+    """The flow's result. Raises StorageError where Prefect's server does not answer, at the start or any more.
+
+    A server that is lost only when the work is done, and can't be told, costs a line of warning: what is committed is.
+    """
+    ended: list[Any] = []
+
+    @wraps(flow.fn)
+    def body(*arguments: Any, **named: Any) -> Any:
+        ended.append(flow.fn(*arguments, **named))
+        return ended[0]
+
+    told = flow.with_options()
+    told.fn = body
     try:
         _start_server()
-        return flow(*arguments, **named)
+        result: T = told(*arguments, **named)
+        return result
     except Exception as error:
         if not any(isinstance(cause, httpx.TransportError) for cause in _causes(error)):
             raise
         address = get_current_settings().api.url or "of this command"
+        if ended:
+            text = f"Prefect's server {address} does not answer ({type(error).__name__}) and was not told the end."
+            print(f"{flow.name:<12}{text} The work is done.", file=sys.stderr, flush=True)
+            result = ended[0].result() if isinstance(ended[0], State) else ended[0]
+            return result
         raise StorageError(
             f"Prefect's server {address} does not answer ({type(error).__name__}).",
             "What is committed stays. Start the server, or unset PREFECT_API_URL, and run the same command again.",
