@@ -107,6 +107,16 @@ def receipt_key(shard: int, generation: int) -> str:
     return f"receipts/{shard:05d}.g{generation}.json"
 
 
+def parse_receipt_key(key: str) -> tuple[int, int] | None:
+    """Shard and generation of a receipt's name; None for another name.
+
+    >>> parse_receipt_key("receipts/00012.g0.json"), parse_receipt_key("receipts/notes.txt")
+    ((12, 0), None)
+    """
+    match = _RECEIPT.fullmatch(key)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def committed_generations(store: Store) -> dict[int, int]:
     """Shard -> its highest committed generation, from the names of one listing alone."""
     return dict(_listed(store))  # in the order of generations: the last one stays
@@ -115,8 +125,7 @@ def committed_generations(store: Store) -> dict[int, int]:
 def _listed(store: Store, shard: int | None = None) -> list[tuple[int, int]]:
     """(shard, generation) of all receipts, or of those of one shard, sorted."""
     prefix = "receipts/" if shard is None else f"receipts/{shard:05d}.g"
-    matches = (_RECEIPT.fullmatch(entry.key) for entry in store.list(prefix))
-    return sorted((int(match[1]), int(match[2])) for match in matches if match)
+    return sorted(at for entry in store.list(prefix) if (at := parse_receipt_key(entry.key)))
 
 
 def list_receipts(store: Store, shard: int | None = None) -> list[Receipt]:

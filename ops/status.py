@@ -1,14 +1,15 @@
 """How far a stage or a run is: shards by state, pairs by reason, steps of a training, who is alive, rates, time left.
 
 What is committed comes from receipts and checkpoints; what goes on, was deferred or failed comes from attempt records
-and run records, which are for people. A `Memory` makes looking again cheap: what can't have changed is not read twice.
+and run records, which are for people. A `Memory` makes looking again cheap: what can't have changed is not read twice,
+and an index (ops/receipt_index.py) makes the first look of the next command cheap.
 May not live here: printing (pipelines/show.py, pipelines/watch.py), and proofs (ops/verify.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,17 +19,19 @@ from infra.store import Store, join, open_store
 from ops.attempts import ALIVE_S, AttemptName, list_attempts, read_attempt
 from ops.errors import UsageError
 from ops.plan import INSTALMENT, PLAN, Instalment, read_instalments
+from ops.receipt_index import ReceiptIndex, Summary
 from ops.recipes import RECIPE, read_json
 from ops.run_record import ALIVE_S as TRAINING_ALIVE_S
 from ops.run_record import read_run
-from ops.shards import Receipt, committed_generations, read_receipt
 from ops.snapshot import source_fingerprint
 from ops.trained import latest_checkpoint, read_metrics
 
 STAGES = ("pairs", "tokenizer", "tokens", "model")
 """The directories of a run, in the order of the work."""
 RATE_S = 600.0
-"""Rates are taken over attempts that ended in the last ten minutes."""
+"""Rates are taken over shards that ended in the last ten minutes."""
+EARLIEST = 16
+"""Of so many attempts, the first to end of these, the start is looked up: a rate counts from the first one's start."""
 UNFINISHED = 200
 """At most so many unfinished shards are listed."""
 
@@ -37,20 +40,14 @@ UNFINISHED = 200
 class Memory:
     """What earlier looks have read and nobody rewrites: receipts, instalments, attempt records of the same time."""
 
-    receipts: dict[tuple[str, int, int], Receipt] = field(default_factory=dict)
+    indices: dict[str, ReceiptIndex] = field(default_factory=dict)
     instalments: dict[str, tuple[int, list[Instalment]]] = field(default_factory=dict)
     attempts: dict[tuple[str, str], tuple[float, dict[str, Any]]] = field(default_factory=dict)
     evaluations: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
-    def read_receipts(self, store: Store) -> dict[int, Receipt]:
-        """Shard -> its receipt of the highest generation: one listing, and a read for each that is new."""
-        committed = committed_generations(store)
-        new = [at for at in committed.items() if (store.location, *at) not in self.receipts]
-        if new:
-            with ThreadPoolExecutor(16) as pool:
-                for receipt in pool.map(lambda at: read_receipt(store, *at), new):
-                    self.receipts[store.location, receipt.shard, receipt.generation] = receipt
-        return {shard: self.receipts[store.location, shard, committed[shard]] for shard in sorted(committed)}
+    def read_receipts(self, store: Store) -> dict[int, Summary]:
+        """Shard -> what its receipt of the highest generation says: one listing, and a read for each that is new."""
+        return self.indices.setdefault(store.location, ReceiptIndex(store)).look()
 
     def read_instalments(self, store: Store) -> list[Instalment]:
         """The plan; read again only when it has grown."""
@@ -60,15 +57,23 @@ class Memory:
             known = self.instalments[store.location] = parts, read_instalments(store)
         return known[1]
 
-    def read_attempt(self, store: Store, name: AttemptName) -> dict[str, Any] | None:
-        """One record; None if it was swept meanwhile."""
-        at = (store.location, name.entry.key)
-        if at not in self.attempts or self.attempts[at][0] != name.entry.modified_s:
-            try:
-                self.attempts[at] = name.entry.modified_s, read_attempt(store, name)
-            except FileNotFoundError:
-                return None
-        return self.attempts[at][1]
+    def read_attempts(self, store: Store, names: Iterable[AttemptName]) -> Iterator[tuple[AttemptName, dict[str, Any]]]:
+        """The records of these attempts, in their order; not of those that were swept meanwhile."""
+
+        def read(name: AttemptName) -> dict[str, Any] | None:
+            at = (store.location, name.entry.key)
+            if at not in self.attempts or self.attempts[at][0] != name.entry.modified_s:
+                try:
+                    self.attempts[at] = name.entry.modified_s, read_attempt(store, name)
+                except FileNotFoundError:
+                    return None
+            return self.attempts[at][1]
+
+        wanted = list(names)
+        with ThreadPoolExecutor(16) as pool:
+            for name, record in zip(wanted, pool.map(read, wanted), strict=True):
+                if record is not None:
+                    yield name, record
 
     def last_evaluation(self, store: Store, step: int) -> dict[str, Any]:
         """The last evaluation up to the checkpoint at `step`; empty if there is none."""
@@ -129,7 +134,7 @@ def _of_tokens(store: Store, memory: Memory) -> dict[str, Any]:
     pairs = _pairs_beside(store)
     sources = memory.read_receipts(pairs) if pairs else {}
     tried = {name.shard for name in list_attempts(store)}
-    stale = {n for n, source in sources.items() if n in receipts and receipts[n].made_from["pairs"] != source.digest}
+    stale = {n for n, source in sources.items() if n in receipts and receipts[n].made_from != source.digest}
     rows = {shard: source.kept for shard, source in sources.items()}
     told = {"stage": "tokens", "location": store.location, "of": pairs.location if pairs else None}
     return told | _sharded(store, memory, rows.keys() | receipts.keys() | tried, receipts, stale, rows)
@@ -173,7 +178,7 @@ def _sharded(
     store: Store,
     memory: Memory,
     planned: Iterable[int],
-    receipts: dict[int, Receipt],
+    receipts: dict[int, Summary],
     stale: AbstractSet[int],
     rows: dict[int, int],
 ) -> dict[str, Any]:
@@ -198,11 +203,11 @@ def _sharded(
     states = Counter(committed=sum(shard in current for shard in shards))
     alive: list[dict[str, Any]] = []
     unfinished: list[dict[str, Any]] = []
-    for (shard, generation), name in sorted(last.items()):
-        record = memory.read_attempt(store, name)
-        if record is None:
-            continue
-        state = record["state"]
+    ended: list[tuple[float, int]] = []
+    for name, record in memory.read_attempts(store, (last[at] for at in sorted(last))):
+        shard, generation, state = name.shard, name.generation, record["state"]
+        if state == "deferred":
+            ended.append((name.entry.modified_s, record["rows"]))
         silent_s = now_s - name.entry.modified_s
         if state == "running" and silent_s <= ALIVE_S:
             row = {"rows_done": record["rows_done"], "rows": rows.get(shard), "silent_s": round(silent_s, 1)}
@@ -228,7 +233,8 @@ def _sharded(
     for receipt in current.values():
         for reason, count in receipt.rejected.items():
             rejected[reason] += count
-    rates = _rates(store, memory, recent, now_s)
+    ended += [(summary.listed_s, summary.rows) for summary in receipts.values()]
+    rates = _rates(store, memory, ended, alive, recent, now_s)
     left = sum(count for shard, count in rows.items() if shard not in current)
     left -= sum(attempt["rows_done"] for attempt in alive if attempt["shard"] not in current)
     return {
@@ -238,7 +244,7 @@ def _sharded(
             "kept": sum(receipt.kept for receipt in current.values()),
             "rejected": dict(sorted(rejected.items())),
         },
-        "bytes": sum(ref.bytes for receipt in current.values() for ref in receipt.files.values()),
+        "bytes": sum(receipt.bytes for receipt in current.values()),
         "alive": alive,
         "unfinished": unfinished,
         "rates": rates,
@@ -250,20 +256,19 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in ("shard", "generation", "run", "host", "pid", "started")}
 
 
-def _rates(store: Store, memory: Memory, recent: list[AttemptName], now_s: float) -> dict[str, float]:
-    """Pairs and shards a second of attempts that ended, or go on, in the last ten minutes, over the time they span."""
-    rows, shards, first_s = 0, 0, now_s
-    for name in recent:
-        record = memory.read_attempt(store, name)
-        if record is None or record["state"] not in ("committed", "deferred", "running"):
-            continue
-        if record["state"] != "running":
-            shards += 1
-            rows += record["rows"]
-        elif now_s - name.entry.modified_s <= ALIVE_S:
-            rows += record["rows_done"]
-        else:
-            continue
-        first_s = min(first_s, name.entry.modified_s - record["seconds"])
-    span_s = max(now_s - first_s, 1e-3)
-    return {"pairs_per_s": round(rows / span_s, 2), "shards_per_s": round(shards / span_s, 4)}
+def _rates(
+    store: Store,
+    memory: Memory,
+    ended: Iterable[tuple[float, int]],
+    alive: Iterable[dict[str, Any]],
+    recent: list[AttemptName],
+    now_s: float,
+) -> dict[str, float]:
+    """Pairs and shards a second in the last ten minutes: of shards that `ended` (when, rows) then, and of what is done
+    of those alive, over the time since the first of the `recent` attempts began. Few records are read for it."""
+    counted = [rows for at_s, rows in ended if now_s - at_s <= RATE_S]
+    rows = sum(counted) + sum(attempt["rows_done"] for attempt in alive)
+    earliest = sorted(recent, key=lambda name: name.entry.modified_s)[:EARLIEST]
+    starts = [name.entry.modified_s - record["seconds"] for name, record in memory.read_attempts(store, earliest)]
+    span_s = max(now_s - min(starts, default=now_s - RATE_S), 1e-3)
+    return {"pairs_per_s": round(rows / span_s, 2), "shards_per_s": round(len(counted) / span_s, 4)}
