@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +17,12 @@ import pyarrow.compute as pc
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from ops.boilerplate import VERSION, find_boilerplate
 from ops.languages import Guess, LanguageModel, guess_languages
 from ops.pictures import Header, quiet_cv2
 from ops.reasons import Reason, Rejected
 
+Certainty = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -33,14 +35,23 @@ class FilterSettings:
     min_caption_chars: Annotated[int, Field(ge=0)] = 3
     """Characters without the spaces around; the paper rejects "too short" without a number, LAION below 5. One short
     noun ("cat") is a caption."""
+    min_caption_words: Annotated[int, Field(ge=0)] = 0
+    """Words between spaces; DataComp wants 3. For lists in languages without spaces leave it at 0."""
     max_caption_chars: Annotated[int, Field(ge=1)] = 1000
     """Characters: about what 256 text positions hold. Longer texts are pages, not captions."""
     languages: tuple[str, ...] = ("en",)
     """ISO 639 codes of the captions that are wanted; none means all. The paper's is English."""
     language_model: LanguageModel = "lid176"
     """What tells the language: fastText's lid.176 (fast), or CLD3, the paper's (`gcld3`)."""
-    min_foreign_probability: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """A caption is rejected when the model is that sure of a language that is not wanted."""
+    foreign_certainty: Certainty = (0.98, 0.98, 0.9, 0.85, 0.6, 0.5)
+    """How sure the model must be of a language that is not wanted before a caption is rejected: of captions with one
+    word, two, three … and the last number for all longer ones; a letter outside ASCII counts as a word. Both models
+    misjudge short captions ("dove" is Italian with 0.94), these numbers keep every name of OpenMoji. Above 1 is never.
+    [0] is the rule of DataComp: the most probable language must be a wanted one."""
+    boilerplate: Literal[0, 1] = VERSION
+    """Version of the patterns of captions that say nothing ("IMG_1234", "click to enlarge"); 0 keeps these captions."""
+    min_bytes: Annotated[int, Field(ge=0)] = 0
+    """Bytes of the file as it is fetched; LAION wants 5,000."""
     min_side_px: Annotated[int, Field(ge=1)] = 200
     """Pixels of the short side (DataComp's basic filter). Pictures are never enlarged when they are stored."""
     max_aspect: Annotated[float, Field(ge=1)] = 2.0
@@ -63,9 +74,12 @@ def caption_encoding(captions: pa.StringArray, settings: FilterSettings) -> dict
 
 
 def caption_short(captions: pa.StringArray, settings: FilterSettings) -> dict[int, str]:
-    """Fewer than `min_caption_chars`, though there is one."""
+    """Fewer than `min_caption_chars` or `min_caption_words`, though there is one."""
     length = _length(captions)
-    return _rows(pc.and_(pc.greater(length, 0), pc.less(length, settings.min_caption_chars)))
+    too_short = pc.less(length, settings.min_caption_chars)
+    if settings.min_caption_words > 1:
+        too_short = pc.or_(too_short, pc.less(pc.count_substring_regex(captions, r"\S+"), settings.min_caption_words))
+    return _rows(pc.and_(pc.greater(length, 0), too_short))
 
 
 def caption_long(captions: pa.StringArray, settings: FilterSettings) -> dict[int, str]:
@@ -73,11 +87,17 @@ def caption_long(captions: pa.StringArray, settings: FilterSettings) -> dict[int
     return _rows(pc.greater(_length(captions), settings.max_caption_chars))
 
 
+def caption_boilerplate(captions: pa.StringArray, settings: FilterSettings) -> dict[int, str]:
+    """More than half of it says nothing about the picture; the detail names the pattern."""
+    return find_boilerplate(captions) if settings.boilerplate else {}
+
+
 def is_foreign(caption: str, guess: Guess, settings: FilterSettings) -> bool:
-    """Whether it is probably in a language that is not wanted. Short ones are often misjudged, so doubt keeps them."""
-    return bool(settings.languages) and (
-        guess.language not in settings.languages and guess.probability >= settings.min_foreign_probability
-    )
+    """Whether it is probably in a language that is not wanted; doubt keeps it, and there is more of it in few words."""
+    if not settings.languages or guess.language in settings.languages:
+        return False
+    words = len(caption.split()) + sum(c.isalpha() and not c.isascii() for c in caption)
+    return guess.probability >= settings.foreign_certainty[min(words, len(settings.foreign_certainty)) - 1]
 
 
 def _length(captions: pa.StringArray) -> pa.Array:
@@ -88,7 +108,12 @@ def _rows(mask: pa.BooleanArray, detail: str = "") -> dict[int, str]:
     return dict.fromkeys(np.flatnonzero(mask.to_numpy(zero_copy_only=False)).tolist(), detail)
 
 
-# --- headers ---------------------------------------------------------------------------------------------------------
+# --- files and headers -----------------------------------------------------------------------------------------------
+def too_few_bytes(size: int, settings: FilterSettings) -> Rejected | None:
+    """The file is smaller than `min_bytes`: a button, a pixel that counts visitors."""
+    return Rejected(Reason.TOO_SMALL, "bytes") if size < settings.min_bytes else None
+
+
 def pixels_too_many(header: Header, settings: FilterSettings) -> Rejected | None:
     """More than `max_pixels`; first, since everything after it costs memory."""
     return Rejected(Reason.PIXELS_TOO_MANY) if header.width * header.height > settings.max_pixels else None
@@ -117,15 +142,21 @@ CAPTION_FILTERS: dict[str, Callable[[pa.StringArray, FilterSettings], dict[int, 
     "caption_encoding": caption_encoding,
     "caption_short": caption_short,
     "caption_long": caption_long,
+    "caption_boilerplate": caption_boilerplate,
 }
-"""Before the fetch. The order decides which reason a pair gets when several apply."""
+"""Before the fetch, and before the language, which costs most. The order decides which of several reasons is given."""
+
+FILE_FILTERS: dict[str, Callable[[int, FilterSettings], Rejected | None]] = {
+    "too_small": too_few_bytes,
+}
+"""After the fetch, from the number of bytes alone."""
 
 HEADER_FILTERS: dict[str, Callable[[Header, FilterSettings], Rejected | None]] = {
     "pixels_too_many": pixels_too_many,
     "too_small": too_small,
     "aspect": aspect,
 }
-"""After the fetch, before decoding."""
+"""From the header's sizes, before decoding."""
 
 PIXEL_FILTERS: dict[str, Callable[[Pixels, FilterSettings], Rejected | None]] = {
     "flat_image": flat_image,
@@ -174,6 +205,11 @@ def _texts(captions: Sequence[str | None] | pa.StringArray) -> pa.StringArray:
             [(c or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace") for c in captions], pa.string()
         )
     return captions.fill_null("")
+
+
+def judge_file(size: int, settings: FilterSettings) -> Rejected | None:
+    """The first file filter that says no to a file of `size` bytes, or None."""
+    return _first_no(FILE_FILTERS, size, settings)
 
 
 def judge_header(header: Header, settings: FilterSettings) -> Rejected | None:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from ops.errors import UsageError
 
 LanguageModel = Literal["lid176", "gcld3"]
-LONGEST = 150
+LONGEST = 100
 """Characters that are looked at: the models' time grows with the text, and their certainty does not any more."""
 
 _UNKNOWN = "und"

@@ -7,10 +7,12 @@ from pydantic import ValidationError
 from ops import demo_web
 from ops.filters import (
     CAPTION_FILTERS,
+    FILE_FILTERS,
     HEADER_FILTERS,
     PIXEL_FILTERS,
     FilterSettings,
     judge_captions,
+    judge_file,
     judge_header,
     judge_pixels,
 )
@@ -38,6 +40,75 @@ def test_captions_are_judged_before_anything_is_fetched(caption: str | None, why
     assert judge_captions([caption], FilterSettings()).reasons == [why]
 
 
+def test_words_are_counted_where_a_least_number_is_asked_for() -> None:
+    captions = ["a red apple", "red  apple", " apple ", "", "a red\napple tree"]
+    reasons = judge_captions(captions, FilterSettings(min_caption_words=3)).reasons
+    assert reasons == [None, "caption_short", "caption_short", "caption_missing", None]
+
+
+def test_boilerplate_is_rejected_with_the_pattern_s_name_unless_it_is_wanted() -> None:
+    verdicts = judge_captions(["IMG_1234.jpg", "a red apple"], FilterSettings())
+    assert verdicts.reasons == ["caption_boilerplate", None]
+    assert verdicts.details == ["a camera's file name", None]
+    assert judge_captions(["IMG_1234.jpg"], FilterSettings(boilerplate=0)).reasons == [None]
+
+
+LONG = {
+    "de": "ein kleiner Hund läuft am Strand entlang, während die Sonne untergeht",
+    "fr": "Vue sur la vieille ville avec le château en arrière-plan",
+    "es": "Una mujer con abrigo rojo espera en la parada del autobús",
+    "it": "Soggiorno con un divano grigio e molte piante",
+    "pt": "um cachorro pequeno corre pela praia enquanto o sol se põe",
+    "nl": "Een vrouw in een rode jas wacht bij de bushalte",
+    "pl": "Widok na stare miasto z zamkiem w tle",
+    "sv": "en liten hund springer längs stranden medan solen går ner",
+    "tr": "güneş batarken küçük bir köpek sahilde koşuyor",
+    "cs": "Žena v červeném kabátě čeká na autobusové zastávce",
+    "vi": "Quang cảnh phố cổ với lâu đài phía sau",
+    "ru": "Гостиная с серым диваном и множеством растений",
+    "zh": "一只小狗在海滩上奔跑，太阳正在落山",
+    "ja": "灰色のソファとたくさんの植物があるリビングルーム",
+    "ar": "منظر للمدينة القديمة والقلعة في الخلفية",
+}
+SHORT = ["красное яблоко", "海滩上的狗", "夜の大聖堂", "كلب على الشاطئ", "quả táo đỏ", "Blauwe jurk voor dames"]
+DOUBTFUL = ["dove", "bone", "top hat", "spaghetti alla carbonara", "Toyota Corolla 2014 sedan", "Tour Eiffel, Paris"]
+
+
+def test_what_is_probably_another_language_is_rejected_and_every_language_is_told() -> None:
+    verdicts = judge_captions(list(LONG.values()), FilterSettings())
+    assert verdicts.reasons == ["caption_language"] * len(LONG)
+    assert verdicts.languages == list(LONG)
+    assert judge_captions(SHORT, FilterSettings()).reasons == ["caption_language"] * len(SHORT)
+
+
+def test_a_short_english_caption_that_the_model_takes_for_another_language_stays() -> None:
+    verdicts = judge_captions(DOUBTFUL, FilterSettings())
+    assert verdicts.reasons == [None] * 3 + ["caption_language"] + [None] * 2  # carbonara is Italian with 0.98
+    assert "en" not in verdicts.languages
+    assert judge_captions(DOUBTFUL, FilterSettings(foreign_certainty=(0,))).reasons == ["caption_language"] * 6
+
+
+def test_no_caption_of_openmoji_is_rejected_for_its_language() -> None:
+    openmoji = pytest.importorskip("ops.openmoji")
+    captions = [described.caption for described in openmoji.describe(openmoji.names())]
+    verdicts = judge_captions(captions, FilterSettings(min_caption_chars=2))
+    assert [caption for caption, no in zip(captions, verdicts.reasons, strict=True) if no] == []
+
+
+def test_other_languages_may_be_wanted_or_all() -> None:
+    german = [LONG["de"], LONG["fr"], "a small dog on the beach at sunset"]
+    assert judge_captions(german, FilterSettings(languages=("de", "fr"))).reasons == [None, None, "caption_language"]
+    verdicts = judge_captions(german, FilterSettings(languages=()))
+    assert verdicts.reasons == [None] * 3
+    assert verdicts.languages == ["de", "fr", "en"]
+
+
+def test_the_language_is_asked_last_and_only_where_there_is_text() -> None:
+    verdicts = judge_captions(["IMG_1234", "", "a red apple"], FilterSettings(caption_required=False))
+    assert verdicts.languages == [None, None, "en"]
+    assert [probability is None for probability in verdicts.probabilities] == [True, True, False]
+
+
 def test_a_pair_may_do_without_a_caption_where_none_is_required() -> None:
     settings = FilterSettings(caption_required=False)
     assert judge_captions([None, "  ", "a"], settings).reasons == [None, None, "caption_short"]
@@ -56,6 +127,11 @@ def test_headers_are_judged_at_their_limits(width: int, height: int, why: str | 
     assert reason(judge_header(Header("png", width, height), FilterSettings())) == why
 
 
+def test_files_are_judged_by_their_bytes_where_a_least_number_is_asked_for() -> None:
+    assert judge_file(4_999, FilterSettings()) is judge_file(5_000, FilterSettings(min_bytes=5_000)) is None
+    assert judge_file(4_999, FilterSettings(min_bytes=5_000)) == Rejected(Reason.TOO_SMALL, "bytes")
+
+
 def test_flat_pictures_are_rejected_and_small_drawings_are_not() -> None:
     settings = FilterSettings()
     flat = np.full((96, 120, 3), (200, 30, 90), np.uint8)
@@ -70,11 +146,18 @@ def test_flat_pictures_are_rejected_and_small_drawings_are_not() -> None:
 
 
 def test_a_filter_gives_the_reason_it_is_named_after_and_that_is_a_policy() -> None:
-    for name in [*CAPTION_FILTERS, *HEADER_FILTERS, *PIXEL_FILTERS]:
+    for name in [*CAPTION_FILTERS, *FILE_FILTERS, *HEADER_FILTERS, *PIXEL_FILTERS]:
         assert reason_class(Reason(name)) is ReasonClass.POLICY
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:
-    for bad in ({"max_aspect": 0.5}, {"min_side_px": 0}, {"min_side": 3}, {"flat_std": -1}):
+    for bad in (
+        {"max_aspect": 0.5},
+        {"min_side_px": 0},
+        {"min_side": 3},
+        {"flat_std": -1},
+        {"boilerplate": 2},
+        {"foreign_certainty": ()},
+    ):
         with pytest.raises(ValidationError):
             FilterSettings(**bad)
