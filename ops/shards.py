@@ -276,7 +276,11 @@ def scratch_directory() -> Iterator[Path]:
     no process id is trusted, which another container could use as well. The lock is there before the directory and
     goes after it, so a kill at any moment leaves nothing that is not found.
     """
-    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*.lock"):
+    with os.scandir(tempfile.gettempdir()) as names:  # Path.glob takes a millisecond for a thousand of them
+        locks = [
+            Path(entry.path) for entry in names if entry.name.startswith(_SCRATCH) and entry.name.endswith(".lock")
+        ]
+    for left in locks:
         with contextlib.suppress(OSError), left.open("rb") as other:
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held: BlockingIOError
             if time.time() - os.fstat(other.fileno()).st_mtime > 60:  # younger: perhaps made and not locked yet

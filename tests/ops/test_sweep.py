@@ -10,9 +10,11 @@ import boto3
 import pytest
 
 from infra.store import TEMPORARY, LocalStore, open_store
+from ops.attempts import Attempt, count_deferrals, list_attempts
 from ops.demo_web import DemoWeb, serve
 from ops.errors import DamagedArtifact
 from ops.ingest import ingest_shard
+from ops.receipt_index import INDEX
 from ops.shards import GRACE_S, read_receipts
 from ops.sweep import sweep
 from tests.buckets import BUCKET
@@ -100,6 +102,27 @@ def test_a_shard_is_made_again_after_its_receipt_was_deleted_and_its_files_swept
     for task in pending(store):
         ingest_shard(task)
     assert_conserved(store, pairs)
+
+
+def test_attempts_of_committed_shards_go_but_the_last_and_those_that_count_deferrals_stay(store: LocalStore) -> None:
+    tried = [(0, 0, "deferred"), (1, 0, "failed"), (1, 1, "already"), (7, 0, "deferred"), (7, 0, "deferred")]
+    for shard, generation, state in tried:
+        with Attempt(store, "pairs", shard, generation) as attempt:
+            attempt.end(state)  # type: ignore[arg-type]
+    make_old(store)
+    assert store.stat("receipts/00007.g0.json") is None
+    with Attempt(store, "pairs", 1, 1, "a rerun of now") as attempt:
+        attempt.end("already")
+    assert len(sweep(store)) == 3, "one of shard 0, and one of each generation of shard 1"
+    assert [(name.shard, name.generation) for name in list_attempts(store)] == [(0, 0), (1, 0), (1, 1), (7, 0), (7, 0)]
+    assert count_deferrals(store, 7, 0) == 2
+
+
+def test_the_index_of_receipts_goes_when_it_is_old(store: LocalStore) -> None:
+    store.put(INDEX, b"derived")
+    assert sweep(store) == [], "young"
+    make_old(store)
+    assert sweep(store) == [INDEX]
 
 
 def test_an_upload_that_was_never_ended_is_swept_from_a_bucket(bucket: str) -> None:
