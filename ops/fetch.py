@@ -518,17 +518,20 @@ class Fetcher:
     ) -> tuple[bytearray, int]:
         """A body of unknown length, and the bytes that came over the wire for it."""
         # One growing buffer: a list of chunks leaves 64 threads' worth of freed pieces in the allocator.
-        body, wire, limit = bytearray(), 0, self.settings.max_bytes
+        body, wire = bytearray(), 0
+        limit = MAX_BYTES if row.is_robots else self.settings.max_bytes
         while chunk := response.read1(READ_SIZE):
             wire += len(chunk)
             for piece in [chunk] if inflater is None else _inflated(inflater, chunk):
-                if row.is_robots and len(body) + len(piece) >= MAX_BYTES:
-                    return body + piece[: MAX_BYTES - len(body)], wire
+                if row.is_robots:
+                    piece = piece[: limit - len(body)]
                 if len(body) + len(piece) > limit:
                     raise _No(Reason.TOO_LARGE, "", response.status)
                 while len(body) + len(piece) > room.held:
                     self._take_room(room, min(self._piece, limit - room.held), row.clock, watch, is_whole=False)
                 body += piece
+            if row.is_robots and len(body) == limit:
+                break
         return body, wire
 
     def _take_room(self, room: Room, n: int, clock: Clock, watch: Watch, *, is_whole: bool) -> None:

@@ -7,9 +7,8 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 
@@ -23,74 +22,9 @@ from ops.filters import FilterSettings, judge_header, judge_pixels
 from ops.limits import Clock, Room
 from ops.pictures import Header, decode, read_header
 from ops.reasons import SUCCESS, Rejected
+from tests.hostile_web import BODY, canned
 
 LOOPBACK = ("127.0.0.0/8",)
-BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: image/png\r\n\r\nhello"
-
-
-class Canned:
-    """A server on loopback that answers with the bytes it is told, and remembers who was there when."""
-
-    def __init__(self, answer: Callable[[bytes, int], bytes | Iterator[bytes]], context: ssl.SSLContext | None) -> None:
-        self.answer = answer
-        self.heads: list[bytes] = []
-        self.times: list[float] = []
-        self.accepted = 0
-        self.open = 0
-        self.peak = 0
-        self._context = context
-        self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port = self._listener.getsockname()[1]
-        self.url = f"{'https' if context else 'http'}://127.0.0.1:{self.port}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                self.accepted += 1
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with suppress(OSError), connection:
-            if self._context:
-                connection = self._context.wrap_socket(connection, server_side=True)
-            with connection:
-                head = b""
-                while b"\r\n\r\n" not in head:
-                    part = connection.recv(4096)
-                    if not part:
-                        return
-                    head += part
-                with self._lock:
-                    self.heads.append(head)
-                    self.times.append(time.monotonic())
-                    self.open += 1
-                    self.peak = max(self.peak, self.open)
-                    number = len(self.heads)
-                try:
-                    answer = self.answer(head, number)
-                    for part in [answer] if isinstance(answer, bytes) else answer:
-                        connection.sendall(part)
-                finally:
-                    with self._lock:
-                        self.open -= 1
-
-
-@contextmanager
-def canned(
-    answer: bytes | Callable[[bytes, int], bytes | Iterator[bytes]] = BODY, context: ssl.SSLContext | None = None
-) -> Iterator[Canned]:
-    server = Canned((lambda head, number: answer) if isinstance(answer, bytes) else answer, context)
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="module")
