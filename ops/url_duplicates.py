@@ -167,6 +167,23 @@ def first_of_each(bucket: Bucket) -> tuple[Numbers, Numbers]:
     return numbers[order][~stays], hashes[stays]
 
 
+def check_index(store: Store, index: UrlIndex, *, deep: bool) -> str | None:
+    """What is wrong with the file of an index, or None; `deep` reads it."""
+    entry, size = store.stat(index.key), U64.itemsize * index.urls
+    if entry is None:
+        return f"{index.key} is missing"
+    if entry.bytes != size:
+        return f"{index.key} has {entry.bytes} bytes, its instalment says {size}"
+    try:
+        if deep:
+            reader = _Earlier(store, index, READ_BYTES)
+            for part in range(256):
+                reader.below((part + 1) << 56)
+    except DamagedArtifact as error:
+        return str(error)
+    return None
+
+
 def _spread(buckets: Iterator[Bucket], count: int) -> Iterator[tuple[Numbers, Numbers]]:
     """`first_of_each` of all buckets, in their order."""
     ray = sys.modules.get("ray")

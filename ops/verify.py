@@ -17,15 +17,17 @@ from typing import Any
 
 from infra.metrics import Tell, untold
 from infra.store import Store
+from ops.drops import list_drops, read_drop_list
 from ops.errors import DamagedArtifact, UsageError
 from ops.plan import Instalment, WorkOrder, read_instalments, read_work_order
 from ops.reasons import SUCCESS
 from ops.shards import Receipt, committed_generations, download, read_receipt, scratch_directory, tar_members
+from ops.url_duplicates import check_index
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and with which shard (None: with the plan)."""
+    """What is wrong, and with which shard (None: with the plan or a drop list)."""
 
     shard: int | None
     what: str
@@ -58,6 +60,13 @@ def verify(store: Store, *, deep: bool = False, tell: Tell = untold) -> VerifyRe
         problems.append(Problem(None, str(error)))
     orders = {order.shard: order for instalment in instalments for order in instalment.work_orders}
     plan_is_whole = not problems
+    indexes = [instalment.urls for instalment in instalments if instalment.urls]
+    problems += [Problem(None, what) for index in indexes if (what := check_index(store, index, deep=deep))]
+    for key in list_drops(store):
+        try:
+            read_drop_list(store, key)
+        except DamagedArtifact as error:
+            problems.append(Problem(None, str(error)))
     committed = committed_generations(store)
     if plan_is_whole and not instalments and not committed:
         raise UsageError(
