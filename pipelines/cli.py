@@ -69,14 +69,20 @@ Pairs = Annotated[str, Parameter(help="Directory that `ingest` made.")]
 Directory = Annotated[str, Parameter(help="Directory of pairs or of tokens.")]
 Into = Annotated[str, Parameter(help="Directory that this command makes or continues.")]
 Preset = Annotated[
-    str | None, Parameter(help="tiny, demo, laptop, gpu, dalle-12b, or a TOML file.", completer=_presets)
+    tuple[str, ...],
+    Parameter(
+        negative="",
+        help="tiny, demo, laptop, gpu, dalle-12b; filters alone: paper, laion, datacomp; or a TOML file. "
+        "May be repeated: later over earlier.",
+        completer=_presets,
+    ),
 ]
 Sets = Annotated[
     tuple[str, ...],
     Parameter(
         name="--set",
         negative="",
-        help="path=value, one setting; may be repeated. Over the preset.",
+        help="path=value, one setting; may be repeated. Over the presets.",
         completer=_setting_paths,
     ),
 ]
@@ -93,7 +99,7 @@ Seed = Annotated[int, Parameter(help="Another seed gives other models and pictur
 def demo(
     *,
     into: Into = "runs/demo",
-    preset: Preset = "demo",
+    preset: Preset = ("demo",),
     sets: Sets = (),
     seed: Seed = 0,
     cpus: Cpus = None,
@@ -112,7 +118,7 @@ def demo(
 def build(
     *lists: Annotated[str, Parameter(help="List files or folders of them: Parquet, CSV, TSV, JSON, JSONL, txt.")],
     into: Into,
-    preset: Preset = None,
+    preset: Preset = (),
     sets: Sets = (),
     url_col: UrlCol = "url",
     caption_col: CaptionCol = "caption",
@@ -138,7 +144,7 @@ def build(
 def ingest(
     *lists: Annotated[str, Parameter(help="List files or folders of them: Parquet, CSV, TSV, JSON, JSONL, txt.")],
     into: Into,
-    preset: Preset = None,
+    preset: Preset = (),
     sets: Sets = (),
     url_col: UrlCol = "url",
     caption_col: CaptionCol = "caption",
@@ -179,7 +185,7 @@ def adopt(
     folder: Annotated[str, Parameter(help="Output of img2dataset, with --output_format webdataset; local or s3://.")],
     *lists: Annotated[str, Parameter(help="The lists it was made from: for pairs that no file of it tells any more.")],
     into: Into,
-    preset: Preset = None,
+    preset: Preset = (),
     sets: Sets = (),
     url_col: UrlCol = "url",
     caption_col: CaptionCol = "caption",
@@ -219,7 +225,7 @@ def rerun(
     *,
     only: Annotated[Literal["transient"] | None, Parameter(help="Only rows that may come; the default.")] = None,
     shards: Annotated[str | None, Parameter(help="Such as 3,7-9; alone: all their rejected rows.")] = None,
-    preset: Preset = None,
+    preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
     json: Json = False,
@@ -279,6 +285,44 @@ def why(
 
 
 @app.command(sort_key=7)
+def drop(
+    *directories: Annotated[str, Parameter(help="Directories of pairs and of tokens, or runs that hold them.")],
+    urls: Annotated[
+        str | None, Parameter(help="File with a URL a line, or Parquet with a column url; -: stdin.")
+    ] = None,
+    uids: Annotated[
+        str | None, Parameter(help="File with a uid a line, or Parquet with a column uid; -: stdin.")
+    ] = None,
+    kind: Annotated[
+        Literal["takedown", "filter"], Parameter(help="A takedown takes copies along that `dedup` finds.")
+    ] = "takedown",
+    json: Json = False,
+) -> int:
+    """Leave pairs out from now on: in training, in new codes, in pictures shown. A URL holds for later lists too.
+
+    Without a file: what is down in the pairs goes down in the tokens named too. Nothing is rewritten or deleted.
+    """
+    from ops.takedown import drop as take_down
+    from pipelines.progress import Progress
+    from pipelines.show import show_drop
+
+    with Progress("drop") as progress:
+        told = take_down(directories, urls, uids, kind, progress.tell)
+    _say(told, json, show_drop(told))
+    return 5 if told["not_found"] else 0
+
+
+@app.command(sort_key=7)
+def dedup(pairs: Pairs, *, cpus: Cpus = None, json: Json = False) -> None:
+    """Find pictures that are there more than once, by bytes and by picture, and leave out all but the first."""
+    from pipelines.dedup import dedup as flow
+    from pipelines.show import show_dedup
+
+    told = _run(flow, pairs, _cluster(cpus))
+    _say(told, json, show_dedup(pairs, told))
+
+
+@app.command(sort_key=7)
 def sweep(
     directory: Directory,
     *,
@@ -304,7 +348,7 @@ def tokenizer(
     pairs: Pairs,
     *,
     into: Into,
-    preset: Preset = None,
+    preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
     workers: Workers = 1,
@@ -326,7 +370,7 @@ def tokenize(
     *,
     tokenizer: Annotated[str, Parameter(help="Directory of a trained tokenizer.")],
     into: Into,
-    preset: Preset = None,
+    preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
     json: Json = False,
@@ -342,7 +386,7 @@ def transformer(
     tokens: Annotated[str, Parameter(help="Directory that `tokenize` made.")],
     *,
     into: Into,
-    preset: Preset = None,
+    preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
     workers: Workers = 1,
@@ -370,7 +414,7 @@ def generate(
     tokenizer: Annotated[
         str | None, Parameter(help="Directory of a tokenizer; default: the one MODEL carries.")
     ] = None,
-    preset: Preset = None,
+    preset: Preset = (),
     sets: Sets = (),
     json: Json = False,
 ) -> None:
@@ -401,7 +445,7 @@ def report(
 
 
 @app.command(sort_key=11)
-def settings(*, preset: Preset = None, sets: Sets = (), json: Json = False) -> None:
+def settings(*, preset: Preset = (), sets: Sets = (), json: Json = False) -> None:
     """Every setting: value, unit and meaning, and the layer that it came from."""
     from pipelines.settings import rows
 
@@ -417,7 +461,7 @@ def _run(flow: Any, *arguments: Any) -> dict[str, Any]:
     return told
 
 
-def _settings(preset: str | None, sets: tuple[str, ...]) -> Settings:
+def _settings(preset: str | tuple[str, ...] | None, sets: tuple[str, ...]) -> Settings:
     from pipelines.settings import resolve
 
     return resolve(preset, sets)

@@ -1,4 +1,4 @@
-"""All settings of all stages in one value: defaults < preset < `--set`, three layers in one language (TOML).
+"""All settings of all stages in one value: defaults < presets < `--set`, layers in one language (TOML).
 
 Each section is born beside the code that uses it. Only this file reads TOML; below pipelines/ nobody sees the whole.
 """
@@ -32,6 +32,8 @@ from ops.plan import PlanSettings
 from ops.tokenize import TokensSettings
 
 PRESETS = Path(__file__).parent / "presets"
+Presets = str | Sequence[str] | None
+"""The presets of a command: one, several, or none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -91,12 +93,13 @@ class SettingRow:
     layer: str
 
 
-def resolve(preset: str | None = None, sets: Sequence[str] = ()) -> Settings:
-    """The settings of a command. `preset` is a name in presets/ or a TOML file, `sets` are `path=value` lines.
+def resolve(presets: Presets = (), sets: Sequence[str] = ()) -> Settings:
+    """The settings of a command. A preset is a name in presets/ or a TOML file, `sets` are `path=value` lines.
 
-    Raises BadSetting with the dotted path, the layer it came from, and the nearest name.
+    Of several presets the later goes over the earlier. Raises BadSetting with the dotted path, the layer it came from,
+    and the nearest name.
     """
-    merged, layers = _merge(preset, sets)
+    merged, layers = _merge(presets, sets)
     try:
         return ADAPTER.validate_python(merged)
     except ValidationError as error:
@@ -105,10 +108,10 @@ def resolve(preset: str | None = None, sets: Sequence[str] = ()) -> Settings:
         raise BadSetting(path, _layer_of(path, layers), _explain(path, first)) from None
 
 
-def rows(preset: str | None = None, sets: Sequence[str] = ()) -> Iterator[SettingRow]:
+def rows(presets: Presets = (), sets: Sequence[str] = ()) -> Iterator[SettingRow]:
     """Every setting with its value, its doc and its layer, in the order of the sections."""
-    _, layers = _merge(preset, sets)
-    settings = resolve(preset, sets)
+    _, layers = _merge(presets, sets)
+    settings = resolve(presets, sets)
     for section in fields(Settings):
         value = getattr(settings, section.name)
         for field in fields(value):
@@ -149,10 +152,10 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # numbers, booleans and strings read alike in JSON and TOML
 
 
-def _merge(preset: str | None, sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _merge(presets: Presets, sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     merged: dict[str, Any] = {}
     layers: dict[str, str] = {}
-    if preset is not None:
+    for preset in [presets] if isinstance(presets, str) else presets or ():
         name, content = _read_preset(preset)
         _overlay(merged, content, name, layers)
     for line in sets:

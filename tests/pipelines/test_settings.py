@@ -10,6 +10,8 @@ import torch
 from models.dvae import Dvae
 from models.transformer import Transformer
 from ops.errors import BadSetting, UsageError
+from ops.filters import judge_captions, judge_file, judge_header
+from ops.pictures import Header
 from pipelines.settings import PRESETS, Settings, resolve, rows, to_toml
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.toml"))
@@ -31,6 +33,41 @@ def test_a_set_goes_over_the_preset_and_the_preset_over_the_default() -> None:
     assert layers["dvae.vocabulary"] == "--set dvae.vocabulary=512"
     assert layers["dvae.beta"] == "preset demo.toml"
     assert layers["fetch.max_redirects"] == "default"
+
+
+def test_of_several_presets_the_later_goes_over_the_earlier_and_layers_tell_which() -> None:
+    both = resolve(["demo", "datacomp"])
+    assert both.dvae == resolve("demo").dvae
+    assert (both.filters.min_caption_chars, both.filters.min_side_px, both.filters.max_aspect) == (6, 200, 3)
+    assert resolve(["datacomp", "demo"]).filters.min_side_px == 64
+    layers = {row.path: row.layer for row in rows(["demo", "datacomp"], ["filters.max_aspect=4"])}
+    assert layers["dvae.vocabulary"] == "preset demo.toml"
+    assert layers["filters.min_side_px"] == "preset datacomp.toml"
+    assert layers["filters.max_aspect"] == "--set filters.max_aspect=4"
+
+
+PAIRS = {  # caption, bytes, width and height -> the presets that keep it
+    ("a red apple on a wooden table", 20_000, 640, 480): {"paper", "laion", "datacomp"},
+    ("Apfelkuchen mit Streuseln und Sahne", 20_000, 640, 480): set(),
+    ("the children play football", 4_999, 640, 480): {"paper", "datacomp"},
+    ("the children play football", 20_000, 900, 300): {"laion", "datacomp"},
+    ("the children play football", 20_000, 3_000, 300): {"laion"},
+    ("photo taken on the 12th of May 2014", 20_000, 640, 480): {"laion", "datacomp"},
+    ("wedding", 20_000, 640, 480): set(),  # CLD3: probably Xhosa
+    ("the", 20_000, 640, 480): {"paper"},
+}
+
+
+@pytest.mark.parametrize("preset", ["paper", "laion", "datacomp"])
+def test_a_preset_of_filters_keeps_what_its_source_keeps(preset: str) -> None:
+    filters = resolve(["tiny", preset]).filters
+    kept = [
+        pair
+        for pair in PAIRS
+        if judge_captions([pair[0]], filters).reasons == [None]
+        and judge_file(pair[1], filters) is judge_header(Header("jpeg", pair[2], pair[3]), filters) is None
+    ]
+    assert kept == [pair for pair, keepers in PAIRS.items() if preset in keepers]
 
 
 def test_a_bare_word_and_a_list_are_values() -> None:
