@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from infra.store import Store
+from ops.drops import read_drops
 from ops.reasons import SUCCESS
 from ops.shards import Receipt, read_table
 
@@ -25,10 +26,11 @@ def contact_sheet(store: Store, receipts: Iterable[Receipt], pictures: int = COL
     from PIL import Image
 
     squares: list[Image.Image] = []
+    drops = read_drops(store)
     for receipt in receipts:
-        table = read_table(store, receipt, ["status", "tar_offset", "jpg_size"])
-        for row in table.to_pylist():
-            if row["status"] == SUCCESS and len(squares) < pictures:
+        table = read_table(store, receipt, ["status", "tar_offset", "jpg_size", *drops.columns])
+        for row, is_down in zip(table.to_pylist(), drops.mask(table), strict=True):
+            if row["status"] == SUCCESS and not is_down and len(squares) < pictures:
                 data = store.read_range(receipt.files["tar"].key, row["tar_offset"], row["jpg_size"])
                 squares.append(_square(Image.open(io.BytesIO(data))))
         if len(squares) >= pictures:

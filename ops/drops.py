@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from infra.store import Store, open_store
-from ops.errors import DamagedArtifact
-from ops.recipes import sha256
+from infra.store import Store, join, open_store, parent
+from ops.errors import DamagedArtifact, StorageError
+from ops.recipes import RECIPE, read_json, sha256
+from ops.shards import committed_generations, list_receipts, read_receipt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,6 +47,11 @@ def url_hash(url: str) -> bytes:
 def hashes(values: Iterable[bytes]) -> Hashes:
     """The values, ascending, each once."""
     return np.unique(np.array(list(values), "S16"))
+
+
+def whole(value: bytes) -> bytes:
+    """The 16 bytes of an element: numpy drops zeros at its end."""
+    return value.ljust(16, b"\0")
 
 
 def from_hex(column: Sequence[str | None]) -> Hashes:
@@ -105,6 +111,19 @@ def drop_schema() -> pa.Schema:
     import pyarrow as pa
 
     return pa.schema([(name, pa.string()) for name in ("uid", "url_hash", "kind", "stays")])
+
+
+def drop_rows(
+    names: Sequence[tuple[bytes | None, bytes | None]], kind: Kind, stays: Sequence[bytes] | None = None
+) -> pa.Table:
+    """Rows of a drop list of (uid, hash of a URL) each; `stays`: for each the uid of the pair that is there instead."""
+    import pyarrow as pa
+
+    def column(side: int) -> list[str | None]:
+        return [None if (name := names[row][side]) is None else name.hex() for row in range(len(names))]
+
+    instead = [None] * len(names) if stays is None else [uid.hex() for uid in stays]
+    return pa.table([column(0), column(1), [kind] * len(names), instead], schema=drop_schema())
 
 
 def list_drops(store: Store) -> list[str]:
@@ -193,9 +212,36 @@ def copy_drops(source: Store, into: Store) -> None:
             into.put(key, source.read(key))
 
 
-def lacking(pairs: Store, tokens: Store) -> int:
-    """How many uids and URLs are down in PAIRS and not in TOKENS."""
+def warn_of_drops(tokens: Store) -> str | None:
+    """A line if the PAIRS that TOKENS was made of have drops that TOKENS lacks, with what to do; None where they have
+    not, or are no longer where they lay."""
+    recorded = read_json(tokens, RECIPE).get("places", {}).get("pairs")
+    for place in dict.fromkeys(filter(None, (recorded, join(parent(tokens.location), "pairs")))):
+        pairs, cure = open_store(place), f"armchair drop {place} {tokens.location}"
+        try:
+            count = _lacking(pairs, tokens) if _was_made_of(tokens, pairs) else 0
+        except (OSError, StorageError) as error:
+            return f"whether {place} has drops that {tokens.location} lacks is not known: {error}"
+        if count:
+            return (
+                f"{place} has {count:,} drops that {tokens.location} lacks, and the pictures are trained on. Stop it, "
+                f"and run: {cure}"
+            )
+    return None
+
+
+def _lacking(pairs: Store, tokens: Store) -> int:
     if set(list_drops(pairs)) <= set(list_drops(tokens)):
         return 0
     ours, theirs = read_drops(pairs), read_drops(tokens)
-    return sum(int((~is_among(mine, its)).sum()) for mine, its in ((ours.uids, theirs.uids), (ours.urls, theirs.urls)))
+    both = ((ours.uids, theirs.uids), (ours.urls, theirs.urls))
+    return sum(int((~is_among(mine, its)).sum()) for mine, its in both)
+
+
+def _was_made_of(tokens: Store, pairs: Store) -> bool:
+    """As far as the first token shard tells."""
+    made = next(iter(sorted(committed_generations(tokens).items())), None)
+    if made is None:
+        return False
+    receipt = read_receipt(tokens, *made)
+    return receipt.made_from["pairs"] in {of.digest for of in list_receipts(pairs, receipt.shard)}

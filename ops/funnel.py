@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from infra.store import Store
+from ops.drops import Drops, read_drops
 from ops.errors import ArmchairError
 from ops.reasons import SUCCESS, Reason, ReasonClass, reason_class
 from ops.seeds import derived_seed
@@ -125,7 +126,12 @@ class _Found:
 def read_funnel(
     store: Store, receipts: Mapping[int, Receipt], say: Callable[[str], None] = lambda what: None
 ) -> Sampled:
-    """Examples and hosts from at most 64 shards, evenly spread. A shard that can't be read becomes a line."""
+    """Examples and hosts from at most 64 shards, evenly spread, without pairs that are down. A shard that can't be read
+    becomes a line; a drop list that can't, the only one: nobody knows what may be shown."""
+    try:
+        drops = read_drops(store)
+    except (ArmchairError, OSError) as error:
+        return Sampled(of=len(receipts), problems=(f"No pair is shown: {error}",))
     chosen = evenly(sorted(receipts), SHARDS_AT_MOST)
     candidates: dict[str, dict[int, list[_Found]]] = defaultdict(dict)
     hosts: Counter[tuple[str, str]] = Counter()
@@ -133,7 +139,7 @@ def read_funnel(
 
     def look(shard: int) -> pa.Table | str:
         try:
-            return read_table(store, receipts[shard], columns=_COLUMNS)
+            return read_table(store, receipts[shard], list(dict.fromkeys([*_COLUMNS, *drops.columns])))
         except (ArmchairError, OSError, ValueError) as error:
             return f"Shard {shard:05d} can't be read: {error}"
 
@@ -145,7 +151,7 @@ def read_funnel(
                 continue
             read += 1
             hosts.update(_hosts_of(table))
-            for status, rows in _candidates_of(table, shard).items():
+            for status, rows in _candidates_of(_up(table, drops), shard).items():
                 candidates[status][shard] = [_Found(receipts[shard], row) for row in rows]
     examples: dict[str, list[Example]] = {}
     for status, by_shard in candidates.items():
@@ -180,6 +186,12 @@ def dealt(hands: Sequence[Sequence[T]], at_most: int) -> list[T]:
     hands = evenly([hand for hand in hands if len(hand)], at_most)
     rounds = max((len(hand) for hand in hands), default=0)
     return [hand[turn] for turn in range(rounds) for hand in hands if turn < len(hand)][:at_most]
+
+
+def _up(table: pa.Table, drops: Drops) -> pa.Table:
+    import pyarrow as pa
+
+    return table.filter(pa.array(~drops.mask(table)))
 
 
 def _candidates_of(table: pa.Table, shard: int) -> dict[str, list[dict[str, object]]]:

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from infra.store import Store
+from ops.drops import Drops, read_drops
 from ops.errors import DamagedArtifact, StorageError
 from ops.seeds import derived_seed, derived_share
 from ops.shards import FileRef, read_verified
@@ -124,6 +125,8 @@ class LoadedGroup(Generic[T]):
     uids: list[str]
     captions: list[str]
     weights: list[float]
+    is_down: list[bool]
+    """Left out by a drop list."""
     payload: Callable[[int], T]
 
 
@@ -167,7 +170,7 @@ class Files:
             self._checked.add(ref.key)
 
 
-Load = Callable[[Files, PinnedShard, Group, Snapshot, str], LoadedGroup[T]]
+Load = Callable[[Files, PinnedShard, Group, Snapshot, str, Drops], LoadedGroup[T]]
 
 
 class Reader(Generic[T]):
@@ -183,7 +186,7 @@ class Reader(Generic[T]):
                 self._groups[group.crop].append((shard, group))
         self._order = Order([group.train for _, group in self._groups[0]], seed, window_groups)
         self._loaded: OrderedDict[tuple[int, int], LoadedGroup[T]] = OrderedDict()
-        self._dropped = read_drops(store)
+        self._drops = read_drops(store)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -200,7 +203,7 @@ class Reader(Generic[T]):
             group = self._group(place.epoch % self.snapshot.crops, place.group)
             uid = group.uids[place.row]
             # `weight` thins by hash: over many epochs a row of weight 1/3 is seen in a third of them.
-            if uid in self._dropped or derived_share("weight", uid, place.epoch) >= group.weights[place.row]:
+            if group.is_down[place.row] or derived_share("weight", uid, place.epoch) >= group.weights[place.row]:
                 continue
             yield Row(position, uid, group.captions[place.row], group.payload(place.row))
 
@@ -210,11 +213,11 @@ class Reader(Generic[T]):
         for shard, group in self._groups[0]:
             if not getattr(group, split):
                 continue
-            loaded = self._load(self._files, shard, group, self.snapshot, split)
+            loaded = self._load(self._files, shard, group, self.snapshot, split, self._drops)
             for index, uid in enumerate(loaded.uids):
                 if limit is not None and given >= limit:
                     return
-                if uid not in self._dropped:
+                if not loaded.is_down[index]:
                     given += 1
                     yield Row(-1, uid, loaded.captions[index], loaded.payload(index))
 
@@ -227,7 +230,7 @@ class Reader(Generic[T]):
             while len(self._loaded) >= self._window_groups:
                 self._loaded.popitem(last=False)
             shard, group = self._groups[crop][index]
-            self._loaded[crop, index] = self._load(self._files, shard, group, self.snapshot, TRAIN)
+            self._loaded[crop, index] = self._load(self._files, shard, group, self.snapshot, TRAIN, self._drops)
         self._loaded.move_to_end((crop, index))
         return self._loaded[crop, index]
 
@@ -252,36 +255,26 @@ def pictures_reader(
     return Reader(store, snapshot, seed, window_groups, _load_pictures)
 
 
-def read_drops(store: Store) -> set[str]:
-    """The uids of all drop lists of a stage: `drops/*.parquet`, column `uid`, read as a union."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    dropped: set[str] = set()
-    for entry in store.list("drops/"):
-        table = pq.ParquetFile(pa.BufferReader(store.read(entry.key))).read(columns=["uid"])
-        dropped.update(table["uid"].to_pylist())
-    return dropped
-
-
-def _load_codes(files: Files, shard: PinnedShard, group: Group, snapshot: Snapshot, split: str) -> LoadedGroup[Codes]:
+def _load_codes(
+    files: Files, shard: PinnedShard, group: Group, snapshot: Snapshot, split: str, drops: Drops
+) -> LoadedGroup[Codes]:
     table = files.table(shard.files["parquet"], ["uid", "caption", "split", "weight", "codes", *snapshot.where], group)
     table = table.filter(selection(table, snapshot.where, split)).combine_chunks()
     codes_MN = table["codes"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-    return LoadedGroup(*_common(table), payload=lambda row: codes_MN[row])
+    return LoadedGroup(*_common(table, drops), payload=lambda row: codes_MN[row])
 
 
 def _load_pictures(
-    files: Files, shard: PinnedShard, group: Group, snapshot: Snapshot, split: str
+    files: Files, shard: PinnedShard, group: Group, snapshot: Snapshot, split: str, drops: Drops
 ) -> LoadedGroup[bytes]:
     columns = ["uid", "caption", "status", "split", "weight", "tar_offset", "jpg_size", *snapshot.where]
-    table = files.table(shard.files["parquet"], columns, group)
+    table = files.table(shard.files["parquet"], list(dict.fromkeys([*columns, *drops.columns])), group)
     table = table.filter(selection(table, snapshot.where, split))
     tar = shard.files["tar"]
     files.check_size(tar)
     offsets, sizes = table["tar_offset"].to_pylist(), table["jpg_size"].to_pylist()
     if not offsets:
-        return LoadedGroup([], [], [], payload=lambda row: b"")
+        return LoadedGroup([], [], [], [], payload=lambda row: b"")
     base, end = offsets[0], offsets[-1] + sizes[-1]
     # Pictures of a group lie side by side, one read; a few held-out ones among many are read one by one.
     block = files.store.read_range(tar.key, base, end - base) if end - base < 4 * sum(sizes) + (1 << 16) else None
@@ -294,13 +287,13 @@ def _load_pictures(
             raise DamagedArtifact(place, f"a JPEG of {size} bytes at {at}", "something else")
         return jpeg
 
-    return LoadedGroup(*_common(table), payload=payload)
+    return LoadedGroup(*_common(table, drops), payload=payload)
 
 
-def _common(table: Any) -> tuple[list[str], list[str], list[float]]:
+def _common(table: Any, drops: Drops) -> tuple[list[str], list[str], list[float], list[bool]]:
     # A picture may have no caption (filters.caption_required off): to the transformer that is the empty caption.
     captions = [caption or "" for caption in table["caption"].to_pylist()]
-    return table["uid"].to_pylist(), captions, table["weight"].to_pylist()
+    return table["uid"].to_pylist(), captions, table["weight"].to_pylist(), drops.mask(table).tolist()
 
 
 class Prefetch(Generic[T]):

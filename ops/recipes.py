@@ -92,10 +92,18 @@ def _code_version() -> str:
         return version("armchair")  # a container image without git
 
 
-def start_stage(store: Store, stage: str, identity: dict[str, Any], inputs: dict[str, Any], ways_out: str) -> None:
+def start_stage(
+    store: Store,
+    stage: str,
+    identity: dict[str, Any],
+    inputs: dict[str, Any],
+    ways_out: str,
+    places: dict[str, str] | None = None,
+) -> None:
     """Writes recipe.json, or checks that the one there says the same. Raises RecipeChanged (was / now, `ways_out`).
 
-    `identity` holds the settings that decide content, `inputs` the fingerprints of what the stage is made from.
+    `identity` holds the settings that decide content, `inputs` the fingerprints of what the stage is made from, and
+    `places` where that lay at first: a hint, never compared, since stages may be moved.
     """
     recipe = {
         "format": FORMAT,
@@ -103,6 +111,7 @@ def start_stage(store: Store, stage: str, identity: dict[str, Any], inputs: dict
         "identity": identity,
         "inputs": inputs,
         "versions": versions(),
+        "places": places or {},
     }
     if store.put(RECIPE, json.dumps(recipe, indent=1, sort_keys=True, allow_nan=False).encode()):
         return

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from infra.store import Store
+from ops.drops import list_drops
 from ops.errors import StorageError, UsageError
 from ops.reasons import SUCCESS
 from ops.recipes import RECIPE, canonical_json, read_json, sha256
@@ -133,7 +134,7 @@ def take_snapshot(source: Store, kind: Kind, where: Where) -> Snapshot:
         check_tokenizer(source, receipts, tokenizer)
     with ThreadPoolExecutor(8) as pool:
         shards = tuple(pool.map(lambda receipt: _pin(source, receipt, kind, where, crops), receipts.values()))
-    drops = tuple(entry.key for entry in source.list("drops/"))
+    drops = tuple(list_drops(source))
     snapshot = Snapshot(kind, dict(where), crops, tokenizer, shards, drops)
     if not snapshot.rows():
         narrowed = f" where {dict(where)}" if where else ""

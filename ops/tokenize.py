@@ -1,8 +1,9 @@
 """Pictures to codes: one token shard for each pair shard, K recorded crops a picture, committed like any shard.
 
 The crop's randomness comes from (seed, uid, k), so shards and rows may move. A pair shard that got a new generation
-gives its token shard one too: codes of unchanged uids are copied, only new pictures are encoded. TOKENS carries the
-tokenizer that made it. May not live here: captions as tokens (the BPE belongs to the transformer).
+gives its token shard one too: codes of unchanged uids are copied, only new pictures are encoded. What is down (a drop
+list of PAIRS or TOKENS names it) is not encoded. TOKENS carries the tokenizer that made it, and the drop lists. May
+not live here: captions as tokens (the BPE belongs to the transformer).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from pydantic.dataclasses import dataclass
 
 from infra.store import Store, absolute, open_store
 from ops.attempts import Attempt
+from ops.drops import Drops, copy_drops, read_drops
 from ops.errors import DamagedArtifact
 from ops.pictures import decode_stored, transformer_crop
 from ops.reasons import SUCCESS
-from ops.recipes import start_stage, versions
+from ops.recipes import sha256, start_stage, versions
 from ops.seeds import derived_seed
 from ops.shards import (
     Receipt,
@@ -87,7 +89,7 @@ class TokenizeTask:
 
 
 def start_tokens(pairs: str, tokenizer: str, tokens: str, settings: TokensSettings) -> None:
-    """Writes TOKENS/recipe.json, or checks that it says the same, and freezes the tokenizer into TOKENS.
+    """Writes TOKENS/recipe.json, or checks that it says the same; freezes the tokenizer and takes over the drop lists.
 
     Raises RecipeChanged for other settings, other PAIRS or another tokenizer (one that was trained on, too), and
     UsageError for a tokenizer whose training has not ended: its codes would be worth nothing when it has.
@@ -96,8 +98,9 @@ def start_tokens(pairs: str, tokenizer: str, tokens: str, settings: TokensSettin
     check_finished(tokenizer)
     inputs = {"pairs": source_fingerprint(open_store(pairs)), "tokenizer": tokenizer_digest(tokenizer)}
     ways_out = "Codes of two tokenizers can't be mixed. Use another --into, or the old values."
-    start_stage(into, "tokens", {"tokens": asdict(settings)}, inputs, ways_out)
+    start_stage(into, "tokens", {"tokens": asdict(settings)}, inputs, ways_out, {"pairs": absolute(pairs)})
     freeze_tokenizer(tokenizer, into)
+    copy_drops(open_store(pairs), into)
 
 
 def pending_tasks(pairs: str, tokens: str, settings: TokensSettings) -> list[TokenizeTask]:
@@ -142,14 +145,14 @@ def tokenize_shard(task: TokenizeTask) -> ShardOutcome:
             raise DamagedArtifact(place, f"sha256 {task.pairs_receipt}", f"sha256 {pairs.digest}")
         for extension, ref in pairs.files.items():
             download(source, ref, scratch / extension)
-        rows = _kept_rows(scratch / "parquet")
+        rows, left_out = _rows_to_encode(scratch / "parquet", read_drops(source) | read_drops(store))
         crops, codes = _codes_of_shard(task, rows, scratch / "tar", _earlier(store, task), attempt)
         row_groups = _write(scratch / "codes.parquet", rows, crops, codes)
         receipt = Receipt(
             "tokens",
             task.shard,
             task.generation,
-            {"pairs": task.pairs_receipt, "tokenizer": task.tokenizer},
+            {"pairs": task.pairs_receipt, "tokenizer": task.tokenizer, **left_out},
             rows=rows.num_rows,
             kept=rows.num_rows,
             row_groups=row_groups,
@@ -167,13 +170,18 @@ Codes = np.ndarray[Any, np.dtype[np.uint16]]
 Earlier = dict[tuple[str, int], tuple[Crop, Codes]]
 
 
-def _kept_rows(sidecar: Path) -> pa.Table:
+def _rows_to_encode(sidecar: Path, drops: Drops) -> tuple[pa.Table, dict[str, str]]:
+    """(rows that are kept and not down; the digest of the uids that are, for the receipt: why there are fewer)."""
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(sidecar) as file:
         table = file.read()
-    return table.filter(pc.equal(table["status"], SUCCESS))
+    table = table.filter(pc.equal(table["status"], SUCCESS))
+    is_down = pa.array(drops.mask(table))
+    down = table.filter(is_down)["uid"].to_pylist()
+    return table.filter(pc.invert(is_down)), {"without": sha256("\n".join(down).encode())} if down else {}
 
 
 def _earlier(store: Store, task: TokenizeTask) -> Earlier:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from infra.store import Store, absolute, open_store
+from ops.drops import warn_of_drops
 from ops.errors import ArmchairError, Diverged, StorageError
 from ops.jobs import Job, Place, Worker
 from ops.learning import check_fit, make_bpe
@@ -131,6 +132,8 @@ def prepare(job: Job, say: Say = lambda line: None) -> None:
         _start(job)
     if job.kind == "transformer":
         into = open_store(job.into)
+        if line := warn_of_drops(open_store(job.source)):
+            say(f"{job.kind:<12}{line}")
         with _telling(say, f"{job.kind:<12}learns the tokens of the captions"):
             freeze_tokenizer(job.source, into)
             make_bpe(job, into, read_snapshot(into))

@@ -19,8 +19,9 @@ import numpy as np
 from infra.metrics import Tell, untold
 from infra.store import Store, join, open_store
 from ops.attempts import list_attempts, read_attempt
+from ops.drops import list_drops, read_drop_list, url_hash
 from ops.errors import DamagedArtifact, StorageError
-from ops.find_pairs import Found, RowsFile, Stages, find_pairs, find_stages, read_row, row_groups, rows_with
+from ops.find_pairs import Found, RowsFile, Stages, find_pairs, find_stages, read_row, rows_with
 from ops.lists import list_format
 from ops.pictures import decode_stored, transformer_crop
 from ops.reader import JPEG_START, WINDOW_GROUPS, Order, Place
@@ -54,7 +55,7 @@ def why(target: str, locations: Sequence[str], into: str | None = None, tell: Te
     """
     stages = find_stages(locations)
     pairs, count = find_pairs(target, stages, LIVES, tell)
-    drops = _drops([*stages.pairs, *stages.tokens], sorted({pair.uid for pair in pairs}))
+    drops = _drops([*stages.pairs, *stages.tokens], pairs)
     names = [pair.uid[:12] for pair in pairs]
     lives = []
     for pair, name in zip(pairs, names, strict=True):
@@ -230,19 +231,34 @@ def _made_of(pair: Found, tokens: Store) -> list[Receipt]:
     return [receipt for receipt in found if not pair.is_of_pairs or receipt.made_from["pairs"] in digests]
 
 
-def _drops(stages: Sequence[Store], uids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """uid -> the drop lists that name it."""
+def _drops(stages: Sequence[Store], pairs: Sequence[Found]) -> dict[str, list[dict[str, Any]]]:
+    """uid -> the drop lists that name it, or its URL: why, and which pair stays instead of a copy."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    named: dict[str, list[dict[str, Any]]] = {uid: [] for uid in uids}
+    urls = {pair.uid: _hashes_of_urls(pair) for pair in pairs}
+    asked = pa.array([*urls, *(url for both in urls.values() for url in both)], pa.string())
+    named: dict[str, list[dict[str, Any]]] = {uid: [] for uid in urls}
     for store in stages:
-        for entry in store.list("drops/"):
-            for _, _, read in row_groups(store, entry.key):
-                column = read(["uid"])["uid"]
-                for uid in column.filter(pc.is_in(column, pa.array(uids, pa.string()))).unique().to_pylist():
-                    named[uid].append({"stage": store.location, "list": entry.key})
+        for key in list_drops(store):
+            rows = read_drop_list(store, key)
+            rows = rows.filter(pc.is_in(pc.coalesce(rows["uid"], rows["url_hash"]), asked)).to_pylist()
+            for uid, both in urls.items():
+                own = [row for row in rows if row["uid"] == uid or (row["uid"] is None and row["url_hash"] in both)]
+                for kind, stays in dict.fromkeys((row["kind"], row["stays"]) for row in own):
+                    told = {"stage": store.location, "list": key, "kind": kind}
+                    named[uid].append(told | ({"stays": stays} if stays else {}))
     return named
+
+
+def _hashes_of_urls(pair: Found) -> set[str]:
+    """Of the URL in the list, and of the one that it led to."""
+    final_urls = [_or_problem(_sidecar_row, pair, pair.receipts[-1]).get("final_url")] if _has_sidecar(pair) else []
+    return {url_hash(url).hex() for url in (pair.record.get("url"), *final_urls) if url}
+
+
+def _has_sidecar(pair: Found) -> bool:
+    return pair.is_of_pairs and bool(pair.receipts)
 
 
 def _model(pair: Found, stages: Stages, model: Store, drops: list[dict[str, Any]]) -> dict[str, Any]:

@@ -187,7 +187,8 @@ def _life_rows(life: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for codes in life["codes"]:
         yield from _code_rows(codes, life["pairs"] or "PAIRS")
     for drop in life["drops"]:
-        yield "drops", f"taken down by {drop['stage']}/{drop['list']}"
+        what = {"takedown": "taken down", "filter": "filtered out"}.get(drop["kind"], f"a copy of {drop.get('stays')}")
+        yield "drops", f"{what}, says {drop['stage']}/{drop['list']}"
     if not life["drops"]:
         yield "drops", "none"
     for model in life["models"]:
@@ -305,13 +306,27 @@ def show_tally(into: str, told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def show_drop(told: dict[str, Any]) -> str:
+    """Lines for `armchair drop`."""
+    pairs, missing = told["found"], told["not_found"]
+    lines = [f"found {pairs['pairs']:,} pairs, {pairs['kept']:,} of them kept"]
+    lines += [f"{place}: {count:,} rows more in its drop lists" for place, count in told["added"].items()]
+    if missing:
+        lines.append(
+            f"{len(missing):,} of {told['asked']:,} are of no committed pair; they will be left out if they come:"
+        )
+        lines += [f"  {name}" for name in missing[:20]]
+        lines += [f"  and {len(missing) - 20:,} more: --json names them all"] if len(missing) > 20 else []
+    return "\n".join(lines)
+
+
 def show_dedup(pairs: str, told: dict[str, Any]) -> str:
     """A line at the end of `armchair dedup`."""
     if not told["duplicates"]:
         return f"{pairs}: no new copies among {told['pairs']:,} kept pairs"
     return (
-        f"{pairs}: {told['duplicates']:,} of {told['pairs']:,} kept pairs are copies of others and are left out from now "
-        f"on. Codes that were made of them stay until `armchair drop {pairs} TOKENS`, or `armchair tokenize`, is run."
+        f"{pairs}: {told['duplicates']:,} of {told['pairs']:,} kept pairs are copies of others, left out from now on. "
+        f"Where codes were made of them before: armchair drop {pairs} TOKENS"
     )
 
 

@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -15,12 +14,14 @@ from hypothesis import strategies as st
 import ops.reader
 import ops.seeds
 from infra.store import open_store
+from ops.drops import add_drops, drop_rows, url_hash
 from ops.errors import DamagedArtifact, StorageError
 from ops.reader import Order, Prefetch, codes_reader, pictures_reader
 from ops.seeds import derived_share
 from ops.shards import read_receipts
 from ops.snapshot import Snapshot, take_snapshot
 from tests.ops.conftest import Learned, MakePairs
+from tests.small_runs import write_pair_shard
 
 
 @pytest.mark.parametrize("module", [ops.reader, ops.seeds])
@@ -136,21 +137,31 @@ def test_weight_thins_by_a_hash_of_uid_and_epoch_and_shifts_no_position(make_pai
     assert len(some) / len(every) == pytest.approx(1 / 3, abs=0.03)
 
 
-def test_a_drop_list_makes_holes_and_shifts_no_position(make_pairs: MakePairs, tmp_path: Path) -> None:
+def test_a_drop_list_makes_holes_and_shifts_no_position(make_pairs: MakePairs) -> None:
     pairs = make_pairs()
     store = open_store(str(pairs))
     snapshot = take_snapshot(store, "pictures", {})
     before = {row.position: row.uid for row in pictures_reader(store, snapshot, 0).rows(0, 200)}
     gone = sorted(set(before.values()))[:7]
-    pq.write_table(pa.table({"uid": gone}), tmp_path / "drops.parquet")
-    store.put("drops/0123.parquet", tmp_path / "drops.parquet")
+    add_drops(store, drop_rows([(bytes.fromhex(uid), None) for uid in gone], "takedown"))
     reader = pictures_reader(store, snapshot, 0)
     after = {row.position: row.uid for row in reader.rows(0, 200)}
     assert after == {position: uid for position, uid in before.items() if uid not in gone}
     dropped_too = next(row.uid for row in reader.held_out())
-    pq.write_table(pa.table({"uid": [dropped_too]}), tmp_path / "drops.parquet")
-    store.put("drops/4567.parquet", tmp_path / "drops.parquet")
+    add_drops(store, drop_rows([(bytes.fromhex(dropped_too), None)], "duplicate", [bytes(16)]))
     assert dropped_too not in {row.uid for row in pictures_reader(store, snapshot, 0).held_out()}
+
+
+def test_a_url_that_is_down_is_a_hole_also_in_a_shard_that_came_later(make_pairs: MakePairs) -> None:
+    pairs = make_pairs(shards=1, rows=20)
+    store = open_store(str(pairs))
+    add_drops(store, drop_rows([(None, url_hash("http://example.org/23"))], "takedown"))
+    write_pair_shard(pairs, 1, list(range(20, 40)))
+    snapshot = take_snapshot(store, "pictures", {})
+    reader = pictures_reader(store, snapshot, 0)
+    uids = {row.uid for row in [*reader.rows(0, reader.rows_per_epoch), *reader.held_out()]}
+    assert f"{23:032x}" not in uids
+    assert len(uids) == snapshot.rows() + snapshot.rows("held_out") - 1
 
 
 def _codes(learned: Learned) -> tuple[Snapshot, ops.reader.Reader[ops.reader.Codes]]:

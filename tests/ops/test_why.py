@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ from PIL import Image
 from infra.store import LocalStore, open_store
 from ops import find_pairs
 from ops.demo_web import DemoWeb, serve
+from ops.drops import add_drops, drop_rows, list_drops, read_drop_list
 from ops.errors import UsageError
 from ops.ingest import ingest_shard, start_pairs
 from ops.plan import Columns, PlanSettings, extend_plan, pair_uid
 from ops.reader import codes_reader, pictures_reader
-from ops.recipes import sha256
 from ops.shards import read_receipts, read_table
 from ops.snapshot import read_snapshot
 from ops.trained import latest_checkpoint, load_tokenizer, tokenizer_digest, write_checkpoint
@@ -207,15 +206,17 @@ def test_a_superseded_generation_is_told_against_the_newest(learned: Learned, tm
 def test_a_dropped_pair_names_the_list_and_is_drawn_at_most_as_often(learned: Learned, tmp_path: Path) -> None:
     run = copied(learned, tmp_path / "run")
     before = life(url(0), run)["models"]
-    dropped, other = io.BytesIO(), io.BytesIO()
-    pq.write_table(pa.table({"uid": [f"{0:032x}", f"{1:032x}"]}), dropped)
-    pq.write_table(pa.table({"uid": [f"{9:032x}"]}), other)
-    key = f"drops/{sha256(dropped.getvalue())}.parquet"
-    for name in ("pairs", "tokens"):
-        LocalStore(run / name).put(key, dropped.getvalue())
-        LocalStore(run / name).put(f"drops/{sha256(other.getvalue())}.parquet", other.getvalue())
+    stages = [LocalStore(run / name) for name in ("pairs", "tokens")]
+    for store in stages:
+        add_drops(store, drop_rows([(bytes(16), None), ((1).to_bytes(16), None)], "takedown"))
+        add_drops(store, drop_rows([((9).to_bytes(16), None)], "duplicate", [(2).to_bytes(16)]))
+    (key,) = (key for key in list_drops(stages[0]) if len(read_drop_list(stages[0], key)) == 2)
     told = life(url(0), run)
-    assert told["drops"] == [{"stage": f"{run}/{name}", "list": key} for name in ("pairs", "tokens")]
+    assert told["drops"] == [
+        {"stage": f"{run}/{name}", "list": key, "kind": "takedown"} for name in ("pairs", "tokens")
+    ]
+    assert {drop["stays"] for drop in life(f"{9:032x}", run)["drops"]} == {f"{2:032x}"}
+    assert f"a copy of {2:032x}" in show_why(why(f"{9:032x}", [str(run)]))
     assert [(model["drawn"], model["dropped"]) for model in told["models"]] == [(m["drawn"], True) for m in before]
     assert "drawn at most" in show_why(why(url(0), [str(run)]))
     # A training that starts now knows the list from its first position on.
