@@ -186,6 +186,10 @@ def publish(
             )
     if not store.put(receipt.key, wanted) and store.read(receipt.key) != wanted:
         return None
+    written = store.stat(receipt.key)
+    if written is None or written.bytes != len(wanted):
+        store.delete(receipt.key)  # a torn receipt stands in the way of every later attempt
+        raise StorageError(f"{store.location}/{receipt.key} was cut.", "Look at the disk; run the same command again.")
     for extension, path in scratch.items():
         # A sweep that looked at an old file just before it was renewed may have deleted it after the look above.
         if store.stat(files[extension].key) is None:

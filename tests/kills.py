@@ -1,5 +1,6 @@
-"""Rounds of SIGKILL against an ingest on Ray, at random moments: of a worker, of the driver, or of the `machine`: the
-driver with all of its Ray at once. (Workers outlive their driver long enough to commit a small shard.)
+"""Rounds of SIGKILL against an ingest on Ray, at random moments: of a worker, of the driver, of Ray's `raylet`, of
+Prefect's `server`, or of the `machine`: the driver with all that it started at once. (Workers outlive their driver long
+enough to commit a small shard.)
 
 A round waits until the server counted a request that was made after the round began, then a random time, then kills.
 Every second round also waits for a first receipt, so that there is something that could be fetched again. When all
@@ -10,17 +11,19 @@ shards are committed before the rounds are over, a fresh directory with fresh pi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from infra.cluster import REPO
-from infra.store import LocalStore
+from infra.store import LocalStore, Store, open_store
 from ops.attempts import list_attempts, read_attempt
 from ops.demo_web import DemoWeb
 from ops.plan import read_instalments, read_work_order
@@ -49,35 +52,49 @@ class Requests:
 
 @dataclass
 class Ground:
-    """One planned directory."""
+    """One planned directory, and the list that it was planned from."""
 
-    store: LocalStore
+    store: Store
+    path: Path
     pairs: list[tuple[str, str]]
 
     @classmethod
-    def new(cls, folder: Path, web: DemoWeb, number: int, shards: int, pairs_per_shard: int, delay_ms: int) -> Ground:
+    def new(
+        cls,
+        folder: Path,
+        web: DemoWeb,
+        number: int,
+        shards: int,
+        pairs_per_shard: int,
+        delay_ms: int,
+        within: str | None = None,
+    ) -> Ground:
+        """`within`: where the directory is to lie, if not in `folder`."""
         first = number * shards * pairs_per_shard
         pairs = generated(web.url, range(first, first + shards * pairs_per_shard), delay_ms)
-        store = LocalStore(folder / f"pairs-{number}")
-        plan(store, folder / f"list-{number}.tsv", pairs, pairs_per_shard)
-        return cls(store, pairs)
+        store, path = open_store(f"{within or folder}/pairs-{number}"), folder / f"list-{number}.tsv"
+        plan(store, path, pairs, pairs_per_shard)
+        return cls(store, path, pairs)
 
     def assert_whole(self, requests: Requests) -> None:
         """Every pair is there once, and none was asked for after the receipt of its shard."""
         assert_conserved(self.store, self.pairs)
+        grain_s = 0.0 if isinstance(self.store, LocalStore) else 1.0  # a bucket's clock tells whole seconds
         for order in (order for part in read_instalments(self.store) for order in part.work_orders):
             receipt = self.store.stat(receipt_key(order.shard, 0))
             assert receipt is not None
             for url in read_work_order(self.store, order)["url"].to_pylist():
                 late_s = requests.last_of(url) - receipt.modified_s
-                assert late_s < 0, f"{url} was fetched again {late_s:.3f} s after the receipt of shard {order.shard}"
+                assert late_s < grain_s, (
+                    f"{url} was fetched again {late_s:.3f} s after the receipt of shard {order.shard}"
+                )
 
 
 class Driver:
     """A program under fire: a process of its own session, and the Ray that it started."""
 
-    def __init__(self, program: str, argument: Path, log: Path | None = None) -> None:
-        command = [sys.executable, "-m", program, str(argument)]
+    def __init__(self, program: str, *arguments: str | Path, log: Path | None = None) -> None:
+        command = [sys.executable, "-m", program, *map(str, arguments)]
         with (log or Path(os.devnull)).open("ab") as out:
             self.process = subprocess.Popen(command, cwd=REPO, stdout=out, start_new_session=True)
         self.family: dict[int, str] = {}
@@ -93,7 +110,16 @@ class Driver:
             family |= more
         self.family |= {pid: parents[pid][1] for pid in family if pid in parents and pid != self.process.pid}
 
-    def workers(self, store: LocalStore) -> list[int]:
+    def named(self, *words: str) -> list[int]:
+        """Process ids of the living members of the family that have one of the words in their command line."""
+        found = []
+        for pid in self.living(list(self.family)):
+            with contextlib.suppress(OSError):
+                if any(word in Path(f"/proc/{pid}/cmdline").read_text() for word in words):
+                    found.append(pid)
+        return found
+
+    def workers(self, store: Store) -> list[int]:
         """Process ids of living Ray workers of this driver that are at a shard, by their attempt records."""
         pids = [record["pid"] for record in map(lambda name: read_attempt(store, name), list_attempts(store))
                 if record["state"] == "running"]  # fmt: skip
@@ -104,7 +130,7 @@ class Driver:
         return [pid for pid in pids if pid in self.family and is_alive(pid, self.family[pid])]
 
     def end(self) -> None:
-        """Ends the driver and what is left of its Ray."""
+        """Ends the driver and what is left of its Ray and its Prefect."""
         self.note_family()
         self.process.kill()
         self.process.wait()
@@ -135,77 +161,109 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+@dataclass
+class Rounds:
+    """What `kill_rounds` did: kills while a shard was open, kills after a first receipt, directories used."""
+
+    open: int = 0
+    met: int = 0
+    directories: int = 0
+
+
+def our_driver(ground: Ground, log: Path) -> Driver:
+    """The ingest of a planned directory without Prefect."""
+    return Driver("tests.ingest_driver", ground.store.location, log=log)
+
+
 def kill_rounds(
-    folder: Path, web: DemoWeb, victims: list[str], shards: int, pairs_per_shard: int, *, delay_ms: int, seed: int
-) -> int:
-    """Kills once for each of `victims`, then runs to the end; returns how many directories were used.
+    folder: Path,
+    web: DemoWeb,
+    victims: list[str],
+    shards: int,
+    pairs_per_shard: int,
+    *,
+    delay_ms: int,
+    seed: int,
+    start: Callable[[Ground, Path], Driver] = our_driver,
+    within: str | None = None,
+) -> Rounds:
+    """Kills once for each of `victims`, then runs to the end. `start` starts a driver that writes to a log.
 
     Raises AssertionError if a pair is lost or doubled, or one of a committed shard is asked for again; also if no kill
-    met a committed shard, which would prove nothing.
+    met a committed shard, or most of them no open one, which would prove little.
     """
-    chance = random.Random(seed)
+    chance, done = random.Random(seed), Rounds()
     requests = Requests(web)
-    number, met, driver = 0, 0, None
-    ground = Ground.new(folder, web, number, shards, pairs_per_shard, delay_ms)
+    number, driver, log = itertools.count(), None, folder / "log"
+
+    def new() -> Ground:
+        done.directories += 1
+        return Ground.new(folder, web, next(number), shards, pairs_per_shard, delay_ms, within)
+
+    ground = new()
     waiting = list(victims)
     try:
         while waiting:
-            if driver is None:
-                driver = Driver("tests.ingest_driver", ground.store.root)
+            driver = driver or start(ground, log)
             is_late = (len(victims) - len(waiting)) % 2 == 1
-            met_here = strike(driver, ground.store, web, waiting[0], chance, is_late=is_late)
-            if met_here is None:
-                assert driver.process.wait() == 0
-                driver.end()
-                driver = None
+            strike = Strike.at(driver, ground.store, web, waiting[0], chance, is_late=is_late)
+            if strike is None:
+                assert driver.process.wait(PATIENCE_S) == 0, log.read_text()[-3000:]
+                driver = driver.end()
                 if len(committed_generations(ground.store)) == shards:
                     ground.assert_whole(requests)
-                    number += 1
-                    ground = Ground.new(folder, web, number, shards, pairs_per_shard, delay_ms)
+                    ground = new()
                 continue
-            met += met_here > 0
+            done.met += strike.committed > 0
+            done.open += strike.was_open
             if waiting.pop(0) != "worker":
-                driver.end()
-                driver = None
+                # Without its Ray or its Prefect a driver must come to an end by itself.
+                driver.process.wait(PATIENCE_S)
+                driver = driver.end()
         while len(committed_generations(ground.store)) < shards:  # again where three deaths left a shard open
-            driver = driver or Driver("tests.ingest_driver", ground.store.root)
-            assert driver.process.wait(PATIENCE_S) == 0
-            driver.end()
-            driver = None
+            driver = driver or start(ground, log)
+            assert driver.process.wait(PATIENCE_S) in (0, 5), log.read_text()[-3000:]
+            driver = driver.end()
         ground.assert_whole(requests)
-        assert met, "no kill met a committed shard"
-        return number + 1
+        assert done.met, "no kill met a committed shard"
+        assert done.open >= len(victims) / 2, f"only {done.open} of {len(victims)} kills met an open shard"
+        return done
     finally:
         if driver is not None:
             driver.end()
 
 
-def strike(
-    driver: Driver, store: LocalStore, web: DemoWeb, victim: str, chance: random.Random, *, is_late: bool
-) -> int | None:
-    """One kill (`is_late`: not before there is a receipt); how many shards were committed when it was made.
+@dataclass(frozen=True)
+class Strike:
+    """One kill: how many shards were committed when it was made, and whether an attempt at one was under way."""
 
-    None if the driver ended by itself before that.
-    """
-    begun, give_up_s = sum(web.counts().values()), time.monotonic() + PATIENCE_S
-    while sum(web.counts().values()) == begun or (is_late and not committed_generations(store)):
-        if driver.process.poll() is not None:
-            return None
-        assert time.monotonic() < give_up_s, "no request was made, or no shard committed"
-        time.sleep(0.005)
-    time.sleep(chance.uniform(0, 0.8))
-    driver.note_family()
-    if victim != "worker":
-        committed = len(committed_generations(store))
-        kill(driver.process.pid)
-        for member in driver.family if victim == "machine" else ():
-            kill(member)
-        return committed if driver.process.wait() == -signal.SIGKILL else None
-    while driver.process.poll() is None:
-        if workers := driver.workers(store):
-            committed = len(committed_generations(store))
-            kill(chance.choice(workers))
-            return committed
-        time.sleep(0.005)
-        driver.note_family()
-    return None
+    committed: int
+    was_open: bool
+
+    @classmethod
+    def at(
+        cls, driver: Driver, store: Store, web: DemoWeb, victim: str, chance: random.Random, *, is_late: bool
+    ) -> Strike | None:
+        """Kills after a request of this round (`is_late`: and a first receipt); None if the driver ended before."""
+        begun, give_up_s = sum(web.counts().values()), time.monotonic() + PATIENCE_S
+        while sum(web.counts().values()) == begun or (is_late and not committed_generations(store)):
+            if driver.process.poll() is not None:
+                return None
+            assert time.monotonic() < give_up_s, "no request was made, or no shard committed"
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.8))
+        while driver.process.poll() is None:
+            driver.note_family()
+            workers = driver.workers(store)
+            # The server of Prefect is a uvicorn, and so is nothing else here.
+            words = {"raylet": "raylet/raylet", "server": "uvicorn"}.get(victim)
+            found = driver.named(words) if words else workers if victim == "worker" else [driver.process.pid]
+            if found:
+                strike = cls(len(committed_generations(store)), bool(workers))
+                for pid in [chance.choice(found)] if victim == "worker" else found:
+                    kill(pid)
+                for pid in driver.family if victim == "machine" else ():
+                    kill(pid)
+                return strike
+            time.sleep(0.005)
+        return None

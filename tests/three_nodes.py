@@ -62,8 +62,8 @@ def three_nodes(*unshared: Path, environment: dict[str, str] | None = None, cpus
         beside = " ".join(str(path) for path in unshared)
         settings = {"TMPDIR": str(root / "scratch"), "BESIDE": beside, "RAY_AUTH_MODE": "disabled"}
         settings |= {"RAY_USAGE_STATS_ENABLED": "0"} | (environment or {})
-        # Ray takes 30 s to believe that a node is gone; a test is not to wait so long.
-        settings |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+        # Ray takes 30 s and more to believe that a node is gone; a test is not to wait so long.
+        settings |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}
         nodes: list[Node] = []
         try:
             for number in range(3):

@@ -96,11 +96,11 @@ def training_rounds(folder: Path, targets: list[Target], victims: list[str], see
     jobs.write_bytes(pickle.dumps([(target.job, target.place) for target in targets]))
     try:
         for number, victim in enumerate(victims):
-            driver = driver or Driver("tests.training_driver", jobs, folder / "log")
+            driver = driver or Driver("tests.training_driver", jobs, log=folder / "log")
             for struck in [[target] for target in targets] if victim in WORKERS else [targets]:
                 _strike(driver, struck, targets, victim, chance, is_in_writing=number % 2 == 1)
             driver = driver if victim in WORKERS else None
-        driver = driver or Driver("tests.training_driver", jobs, folder / "log")
+        driver = driver or Driver("tests.training_driver", jobs, log=folder / "log")
         for target in targets:
             wait_for(lambda t=target: t.has_committed(2), driver, "two more checkpoints")
     finally:

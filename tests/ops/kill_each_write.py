@@ -1,19 +1,23 @@
-"""A program for test_ingest.py: ingests one planned shard again and again, killed before or after its n-th write.
+"""A program for test_ingest.py: ingests one planned shard again and again, disturbed at its n-th write.
 
-    kill_each_write.py PLANNED WHERE COUNTS_URL
+    kill_each_write.py PLANNED WHERE COUNTS_URL HOW…
 
-Each round copies the directory PLANNED, forks a child that kills itself at one call of fsync, link, replace or mkdir,
+HOW is `before` or `after` (SIGKILL before or after the write), `EIO` or `ENOSPC` (the write fails, once or from there
+on), `short` (half of the bytes arrive and nobody says so) or `clock` (half a day passes in a moment).
+Each round copies the directory PLANNED, forks a child that is disturbed at one call of fsync, link, replace or mkdir,
 and then a child that is left alone; one JSON line a round says how both ended. Forks of one process, since imports
 take longer than a round.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -28,39 +32,48 @@ from tests.pairs import pending
 WRITES = ("fsync", "link", "replace", "mkdir")
 
 
-def ingest_in_child(store: LocalStore, kill_at: int | None, when: str, result: Path) -> int:
-    """Returns the status of os.waitpid."""
+def ingest_in_child(store: LocalStore, at: int | None, how: str, result: Path) -> int:
+    """Returns the status of os.waitpid; `result` says what the child made of it, if it could."""
+    result.unlink(missing_ok=True)
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
+    calls, told = 0, {"state": "already", "text": ""}
     try:
-        calls = 0
+        for name in WRITES:
+            call = getattr(os, name)
 
-        def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
+            def disturbed(*args: Any, call: Callable[..., Any] = call, name: str = name, **kwargs: Any) -> Any:
                 nonlocal calls
                 calls += 1
-                if calls == kill_at and when == "before":
+                if calls == at and how == "before":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if (calls == at and how == "EIO") or (at is not None and calls >= at and how == "ENOSPC"):
+                    number = getattr(errno, how)
+                    raise OSError(number, os.strerror(number))
+                if calls == at and how == "short" and name == "link":
+                    os.truncate(args[0], Path(args[0]).stat().st_size // 2)
+                if calls == at and how == "clock":
+                    now = time.time
+                    time.time = lambda: now() + 13 * 3600
                 answer = call(*args, **kwargs)
-                if calls == kill_at:
+                if calls == at and how == "after":
                     os.kill(os.getpid(), signal.SIGKILL)
                 return answer
 
-            return wrapped
-
-        for name in WRITES:
-            setattr(os, name, deadly(getattr(os, name)))
+            setattr(os, name, disturbed)
         (task,) = pending(store) or [None]
-        state = ingest_shard(task).state if task else "already"
-        result.write_text(json.dumps({"state": state, "calls": calls}))
-        os._exit(0)
+        told["state"] = ingest_shard(task).state if task else "already"
+    except Exception as error:
+        told = {"state": "raised", "text": str(error)}
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+    result.write_text(json.dumps(told | {"calls": calls}))
+    os._exit(0)
 
 
-def main(planned: Path, where: Path, counts_url: str) -> None:
+def main(planned: Path, where: Path, counts_url: str, ways: list[str]) -> None:
     def asked() -> int:
         with urlopen(counts_url) as answer:
             return sum(json.load(answer).values())
@@ -74,21 +87,24 @@ def main(planned: Path, where: Path, counts_url: str) -> None:
     assert [ingest_shard(task).state for task in pending(copy("at-first"))] == ["committed"]
     assert ingest_in_child(copy("undisturbed"), None, "", result) == 0
     for n in range(1, json.loads(result.read_text())["calls"] + 1):
-        for when in ("before", "after"):
-            store = copy(f"{n}-{when}")
-            killed = ingest_in_child(store, n, when, result)
+        for how in ways:
+            store = copy(f"{n}-{how}")
+            ended = ingest_in_child(store, n, how, result)
+            first = json.loads(result.read_text()) if result.exists() else {"state": "killed", "text": ""}
             had_receipt, before = bool(committed_generations(store)), asked()
-            again = ingest_in_child(store, None, "", result)
-            assert again == 0, again
-            kill = {
+            assert ingest_in_child(store, None, "", result) == 0
+            disturbed = {
                 "store": str(store.root),
-                "killed_by": os.WTERMSIG(killed),
+                "how": how,
+                "killed_by": os.WTERMSIG(ended),
+                "first": first["state"],
+                "text": first["text"],
                 "had_receipt": had_receipt,
                 "then": json.loads(result.read_text())["state"],
                 "asked_again": asked() - before,
             }
-            print(json.dumps(kill), flush=True)
+            print(json.dumps(disturbed), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
@@ -383,31 +386,62 @@ def test_other_filters_on_the_same_pairs_are_refused_with_was_and_now(store: Loc
     assert f"filters.min_side_px: was {FILTERS.min_side_px}, now 100" in str(refused.value)
 
 
-@pytest.mark.slow
-def test_a_kill_before_or_after_each_write_of_a_shard_loses_nothing(tmp_path: Path, web: DemoWeb) -> None:
-    """tar, sidecar, receipt and attempt record: each fsync, link, replace and directory of them."""
+def _disturbed(tmp_path: Path, web: DemoWeb, *ways: str) -> list[dict[str, Any]]:
+    """What tests/ops/kill_each_write.py tells of a shard of six pairs; all of its directories end whole."""
     pairs = generated(web.url, range(6))
     store = LocalStore(tmp_path / "planned")
     plan(store, tmp_path / "list.tsv", pairs)
     program = [sys.executable, "-m", "tests.ops.kill_each_write"]
     done = subprocess.run(
-        [*program, str(store.root), str(tmp_path / "kills"), f"{web.url}/_counts"],
+        [*program, str(store.root), str(tmp_path / "rounds"), f"{web.url}/_counts", *ways],
         capture_output=True,
         cwd=REPO,
         text=True,
-        timeout=200,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
-    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    for each in rounds:
+        assert each["then"] == ("already" if each["had_receipt"] else "committed"), each
+        assert each["asked_again"] == (0 if each["had_receipt"] else len(pairs)), each
+        assert_conserved(LocalStore(Path(each["store"])), pairs)
+    return rounds
+
+
+@pytest.mark.slow
+def test_a_kill_before_or_after_each_write_of_a_shard_loses_nothing(tmp_path: Path, web: DemoWeb) -> None:
+    """tar, sidecar, receipt and attempt record: each fsync, link, replace and directory of them."""
+    kills = _disturbed(tmp_path, web, "before", "after")
     assert len(kills) >= 2 * 3 * 3, "three files, each synced, linked and its directory synced; before and after"
-    assert {(kill["killed_by"], kill["then"]) for kill in kills} <= {
-        (signal.SIGKILL, "committed"),
-        (signal.SIGKILL, "already"),
+    assert {kill["killed_by"] for kill in kills} == {signal.SIGKILL}
+    assert any(kill["had_receipt"] for kill in kills), "a kill after the receipt's link leaves a whole shard"
+
+
+@pytest.mark.slow
+def test_a_write_that_fails_or_lies_and_a_clock_that_jumps_commit_nothing_and_are_named(
+    tmp_path: Path, web: DemoWeb
+) -> None:
+    rounds = _disturbed(tmp_path, web, "EIO", "ENOSPC", "short", "clock")
+    names = {
+        "EIO": "Input/output error",
+        "ENOSPC": "No space left",
+        "short": "vanished|was cut",
+        "clock": r"took 13\.0 h",
     }
-    assert any(kill["then"] == "already" for kill in kills), "a kill after the receipt's link leaves a whole shard"
-    for kill in kills:
-        assert_conserved(LocalStore(Path(kill["store"])), pairs)
-        assert kill["asked_again"] == (0 if kill["had_receipt"] else len(pairs)), kill
+    for each in rounds:
+        assert each["killed_by"] == 0, each
+        if each["first"] == "raised":
+            assert re.search(names[each["how"]], each["text"]), each
+            if each["how"] in ("short", "clock"):  # on a disk that takes nothing no record can be written either
+                store = LocalStore(Path(each["store"]))
+                records = [read_attempt(store, name) for name in list_attempts(store)]
+                assert [record["state"] for record in records if record.get("text") == each["text"]] == ["failed"]
+        else:  # the disturbed write was of no importance, or it came after the receipt
+            assert each["had_receipt"], each
+    raised = Counter(each["how"] for each in rounds if each["first"] == "raised")
+    assert set(raised) == set(names)
+    assert raised["EIO"] >= 9, "three files, each synced, linked, and its directory synced"
+    assert raised["short"] == 3, "tar, sidecar and receipt"
 
 
 def test_the_kill_rounds_see_a_pair_that_is_fetched_after_the_receipt_of_its_shard(
