@@ -8,8 +8,8 @@ Work orders of the sound rows are committed by the same command; those of the mi
 next ingest. A row is sound if its tar holds KEY.jpg, a JPEG that decodes without a warning and has the size that its
 row says, KEY.json of the same url and caption, and KEY.txt with that caption. Pictures are copied as they are, in
 img2dataset's geometry: the columns `adopted_…` of the sidecar say from where. PAIRS' filters judge them by their
-original size and their pixels. img2dataset's `sha256` is of the body that the server sent, as ours is; it can't prove
-the stored JPEG, so the digest of that is taken here.
+original size and their pixels. img2dataset's `sha256` is of the body that the server sent, as ours is. No digest of the
+stored JPEG exists before it is taken here: damage from before that still decodes without a warning can't be seen.
 
 The pairs of a parquet that is torn or gone are known from the JSON in the tar, where it holds them, and from the list.
 Kill it anywhere and run it again: what an instalment names is planned, and a shard without a receipt is done again. An
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.metrics import Tell, untold
-from infra.store import ObjectPath, Store, absolute, join, object_path, open_store
+from infra.store import ObjectPath, Store, absolute, join, open_store, parent
 from ops.attempts import Attempt
 from ops.errors import UsageError
 from ops.filters import FilterSettings, judge_header, judge_pixels
@@ -283,8 +283,8 @@ def plan_adoption(
             planned[uid] -= 1
             adoption.already += 1
             return
-        place = {name: value for name, value in (row or {}).items() if name.startswith("adopted_")}
-        (sound if place else missing).append({"url": url, "caption": caption, **listed, **place})
+        own = {name: value for name, value in (row or {}).items() if name not in ("url", "caption")}
+        (sound if FROM in own else missing).append(own | listed | {"url": url, "caption": caption})
 
     covered = []
     with scratch_directory() as scratch:
@@ -302,8 +302,7 @@ def plan_adoption(
             covered.append(ListFile(file.sha256, file.label, count, file.bytes, columns))
         for _, known in rows:
             if id(known) not in taken:
-                own = {name: value for name, value in known.items() if name not in ("url", "caption")}
-                take(_bytes(known["url"]), _bytes(known.get("caption")), own, known)
+                take(_bytes(known["url"]), _bytes(known.get("caption")), {}, known)
         parts = [(name, part) for name, part in (("sound", sound), ("missing", missing)) if part]
         adoption.adopted, adoption.missing = len(sound), len(missing)
         paths = [_write_list(store, name, part, scratch) for name, part in parts]
@@ -358,7 +357,8 @@ def _write_list(store: Store, name: str, rows: list[dict[str, Any]], scratch: Pa
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = dict.fromkeys(name for row in rows for name in row)
+    told = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
+    names = dict.fromkeys(("url", "caption", *(f"adopted_body_{n}" for n in ORIGINAL if name == "sound"), *told))
     types = {"url": pa.binary(), "caption": pa.binary(), "split": pa.string(), "weight": pa.float64()}
     table = pa.table({name: pa.array([row.get(name) for row in rows], types.get(name)) for name in names})
     file = scratch / f"{name}.parquet"
@@ -375,14 +375,14 @@ def take_adopted(
     """Row number -> what becomes of it, of the `asked` rows of a work order of an adoption. A row whose picture is not
     in the folder any more, with the bytes that were looked at, is left out."""
     records = table.select([name for name in table.column_names if name.startswith("adopted_")]).to_pylist()
-    places = {record[FROM]: object_path(record[FROM]) for record in records}
+    folders = {place: open_store(place) for place in {parent(record[FROM]) for record in records}}
     turn = threading.Lock()
 
     def one(i: int) -> tuple[int, Row | None]:
         record = records[i]
-        place = places[record[FROM]]
+        folder, tar = folders[parent(record[FROM])], record[FROM].rpartition("/")[2]
         try:
-            jpeg = place.store.read_range(place.key, record["adopted_at"], record["adopted_bytes"])
+            jpeg = folder.read_range(tar, record["adopted_at"], record["adopted_bytes"])
         except FileNotFoundError:
             return i, None
         if sha256(jpeg) != record["adopted_sha256"]:

@@ -53,10 +53,8 @@ def reruns(store: Store, **changed: Any) -> list[IngestTask]:
 
 def rows(store: Store) -> list[dict[str, Any]]:
     """The rows of all sidecars, by shard and row."""
-    receipts = read_receipts(store)
-    return (
-        pa.concat_tables([read_table(store, receipt) for receipt in receipts.values()]).to_pylist() if receipts else []
-    )
+    tables = [read_table(store, receipt) for receipt in read_receipts(store).values()]
+    return pa.concat_tables(tables, promote_options="default").to_pylist() if tables else []
 
 
 def statuses(store: Store) -> dict[str, str]:
