@@ -18,13 +18,14 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
 from infra.store import Entry, Store
+from ops.reasons import is_transient
 from ops.recipes import FORMAT
 
 _log = logging.getLogger(__name__)
@@ -150,6 +151,17 @@ def count_deferrals(store: Store, shard: int, generation: int) -> int:
     """How often this generation of a shard was deferred so far."""
     names = list_attempts(store, shard, generation)
     return sum(read_attempt(store, name)["state"] == "deferred" for name in names)
+
+
+def deferral_text(rejected: Mapping[str, int], rows: int) -> str:
+    """Why a shard was deferred: what its rows, those that were asked for, met that may pass.
+
+    >>> deferral_text({"http_4xx": 1, "connect": 2, "timeout": 5}, 10)
+    '7 of 10 rows failed for reasons that may pass: timeout 5, connect 2'
+    """
+    found = sorted(((count, reason) for reason, count in rejected.items() if is_transient(reason)), reverse=True)
+    reasons = ", ".join(f"{reason} {count}" for count, reason in found)
+    return f"{sum(count for count, _ in found)} of {rows} rows failed for reasons that may pass: {reasons}"
 
 
 def record_death(store: Store, stage: str, shard: int, generation: int, run: str, error: BaseException) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infra.store import Store, join, open_store
-from ops.attempts import ALIVE_S, AttemptName, list_attempts, read_attempt
+from ops.attempts import ALIVE_S, AttemptName, deferral_text, list_attempts, read_attempt
 from ops.errors import UsageError
 from ops.plan import INSTALMENT, PLAN, Instalment, read_instalments
 from ops.receipt_index import ReceiptIndex, Summary
@@ -223,7 +223,7 @@ def _sharded(
         if state in ("deferred", "failed", "interrupted") and len(unfinished) < UNFINISHED:
             why = " ".join(filter(None, (record.get("error"), record.get("text"))))
             if state == "deferred":
-                why = f"{record['transient']} of {record['asked']} rows failed for reasons that may pass"
+                why = deferral_text(record["rejected"], record["asked"])
             tries = attempts[shard, generation]
             unfinished.append({**_told(record), "state": state, "why": why, "attempts": tries})
     names = ("committed", "running", "deferred", "failed", "interrupted")

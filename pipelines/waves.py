@@ -20,7 +20,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from infra.cluster import Cluster, connect
-from infra.store import absolute, open_store
+from infra.store import Store, absolute, open_store
+from ops.attempts import deferral_text, list_attempts
 from ops.contact_sheet import contact_sheet
 from ops.errors import ArmchairError, Incomplete
 from ops.shards import read_receipt
@@ -75,9 +76,18 @@ class Tally:
             self.kept += outcome.kept
             self.rejected.update(outcome.rejected)
         if outcome.state in ("deferred", "failed"):
-            why = " ".join(part for part in (outcome.error, outcome.text) if part)
-            row = {"shard": outcome.shard, "state": outcome.state, "why": why, "attempt": outcome.deaths + 1}
-            self.unfinished.append({**row, "next": NEXT.get(outcome.error, NEXT[outcome.state])})
+            is_deferred = outcome.state == "deferred"
+            message = deferral_text(outcome.rejected, outcome.rows) if is_deferred else outcome.text
+            row: dict[str, Any] = {"shard": outcome.shard, "generation": outcome.generation, "state": outcome.state}
+            row |= {"attempt": outcome.deaths + 1, "class": "transient" if is_deferred else outcome.error}
+            self.unfinished.append({**row, "message": message, "next": NEXT.get(outcome.error, NEXT[outcome.state])})
+
+    def count_attempts(self, store: Store) -> None:
+        """Which attempt of all runs the last one was, for the shards that are left. One listing."""
+        if self.unfinished:
+            attempts = Counter((name.shard, name.generation) for name in list_attempts(store))
+            for row in self.unfinished:
+                row["attempt"] = max(row["attempt"], attempts[row["shard"], row["generation"]])
 
     def as_json(self) -> dict[str, Any]:
         """The counts of this run, for people and for `--json`."""
@@ -123,6 +133,8 @@ def run_in_waves(
         for first in range(0, total, size):
             name = f"wave-{first:05d}-{min(first + size, total) - 1:05d}"
             task(name="wave", task_run_name=name, persist_result=False, cache_policy=NO_CACHE)(consume)()
+    with suppress(OSError):  # a number for people
+        tally.count_attempts(store)
     return tally
 
 
@@ -130,7 +142,9 @@ def raise_if_unfinished(location: str, told: dict[str, Any]) -> None:
     """Raises Incomplete for a stage that ended with shards left, as `Tally.as_json` tells it."""
     if left := told["unfinished"]:
         first = left[0]
-        raise Incomplete(location, len(left), f"shard {first['shard']} {first['state']} {first['why']}".strip())
+        raise Incomplete(
+            location, len(left), f"shard {first['shard']} {first['state']}: {first['class']}, {first['message']}"
+        )
 
 
 def end_state(stage: str, location: str, tally: Tally, board: Board, changed: Sequence[str] = (), **facts: Any) -> Any:
@@ -161,7 +175,8 @@ def _show_end(stage: str, location: str, tally: Tally, board: Board, ended: str,
     board.progress(1.0 if not tally.unfinished else sum(tally.states.values()) / tally.planned, ended)
     board.link("receipts", _address(location, "receipts"), "The receipts: a shard exists if its receipt is there")
     if tally.unfinished:
-        board.table("unfinished-shards", tally.unfinished, f"armchair status {location} --json")
+        records = f"Records: {_address(location, 'attempts')}"
+        board.table("unfinished-shards", tally.unfinished, f"armchair status {location} --json. {records}")
     with suppress(OSError, ArmchairError):  # pictures for people: what is committed stays committed without them
         receipts = (read_receipt(store, *at) for at in sorted(tally.committed))
         if stage != "tokenize" and (sheet := contact_sheet(store, receipts)):

@@ -12,10 +12,12 @@ from uuid import uuid4
 
 import pytest
 
+from infra.store import open_store
 from ops.demo_web import serve
 from ops.errors import Incomplete, UsageError
 from ops.ingest import OutageSettings
 from ops.plan import Columns, PlanSettings
+from ops.status import status
 from pipelines.artifacts import TABLE_ROWS, artifact_key
 from pipelines.settings import resolve
 from tests.ops.conftest import Learned
@@ -114,12 +116,18 @@ def test_shards_that_are_left_are_told_in_a_table_and_the_rest_counts(tmp_path: 
         table = next(row for what, row in artifacts.items() if what.startswith("unfinished"))
         rows = json.loads(table["data"])
         assert len(rows) == 2
-        assert set(rows[0]) == {"shard", "state", "why", "attempt", "next"}
+        assert list(rows[0]) == ["shard", "generation", "state", "attempt", "class", "message", "next"]
+        assert (rows[0]["attempt"], rows[0]["class"]) == (1, "transient")
+        assert rows[0]["message"] == "1 of 1 rows failed for reasons that may pass: connect 1"
         assert "run the same command again" in rows[0]["next"]
 
         with pytest.raises(Incomplete):
             ingest(lists, into, Columns(), one, FILTERS, fetch, PICTURE)  # only these two, and all of them are left
-        assert flow_runs(into)["ingest"][0] == "Failed"
+        state, artifacts = flow_runs(into)["ingest"]
+        assert state == "Failed"
+        table = next(row for what, row in artifacts.items() if what.startswith("unfinished"))
+        assert [row["attempt"] for row in json.loads(table["data"])] == [2, 2], "over all runs"
+        assert [left["attempts"] for left in status(open_store(into))["unfinished"]] == [2, 2]
         tiny = replace(SETTINGS, plan=one, filters=FILTERS, fetch=fetch, picture=PICTURE)
         with pytest.raises(Incomplete):
             build(lists, str(tmp_path / "run"), tiny, Columns())
@@ -130,7 +138,9 @@ def test_shards_that_are_left_are_told_in_a_table_and_the_rest_counts(tmp_path: 
         ingest(lists, into, Columns(), one, FILTERS, fetch, PICTURE, OutageSettings(max_deferrals=0))
         assert flow_runs(into)["ingest"][0] == "Completed"
         rerun(into, fetch=fetch)
-        assert flow_runs(into)["rerun"][0] == "Completed"
+        state, artifacts = flow_runs(into)["ingest"]  # of which a rerun is a run
+        assert state == "Completed"
+        assert any(row["key"].startswith("rerun-report-") for row in artifacts.values())
 
 
 def test_a_training_that_cannot_begin_is_failed_and_says_why(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def drawn(told: dict[str, Any]) -> str:
 def test_the_table_tells_what_the_plain_lines_tell(store: LocalStore) -> None:
     with Attempt(store, "pairs", 1, 0, "a run") as attempt:
         attempt.rows_done = 2
-        attempt.end("deferred", transient=2, asked=3, rows=3)
+        attempt.end("deferred", transient=2, asked=3, rows=3, rejected={"timeout": 2})
     told = status(store)
     told["pairs"] |= {"kept": 3, "rejected": {"http_4xx": 2, "timeout": 4}}
     for text in (drawn(told), show_status(told)):
@@ -52,7 +52,7 @@ def test_the_table_tells_what_the_plain_lines_tell(store: LocalStore) -> None:
         assert text.index("timeout") < text.index("http_4xx"), "the largest first"
         assert "transient" in text
         assert "permanent" in text
-        assert "2 of 3 rows failed for reasons that may pass" in text
+        assert "2 of 3 rows failed for reasons that may pass: timeout 2" in text
         assert "run the same ingest again" in text
 
 
