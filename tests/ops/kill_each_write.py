@@ -32,12 +32,11 @@ from tests.pairs import pending
 WRITES = ("fsync", "link", "replace", "mkdir")
 
 
-def ingest_in_child(store: LocalStore, at: int | None, how: str, result: Path) -> int:
-    """Returns the status of os.waitpid; `result` says what the child made of it, if it could."""
-    result.unlink(missing_ok=True)
+def ingest_in_child(store: LocalStore, at: int | None, how: str, result: Path) -> tuple[int, int]:
+    """The child, and the status of os.waitpid; `result` says what the child made of it, if it could."""
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1]
+        return child, os.waitpid(child, os.WUNTRACED)[1]
     calls, told = 0, {"state": "already", "text": ""}
     try:
         for name in WRITES:
@@ -48,6 +47,8 @@ def ingest_in_child(store: LocalStore, at: int | None, how: str, result: Path) -
                 calls += 1
                 if calls == at and how == "before":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if calls == at and how == "freeze":
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 if (calls == at and how == "EIO") or (at is not None and calls >= at and how == "ENOSPC"):
                     number = getattr(errno, how)
                     raise OSError(number, os.strerror(number))
@@ -81,18 +82,28 @@ def main(planned: Path, where: Path, counts_url: str, ways: list[str]) -> None:
     def copy(name: str) -> LocalStore:
         return LocalStore(shutil.copytree(planned, where / name))
 
+    def committed(store: LocalStore) -> dict[str, bytes]:
+        return {entry.key: store.read(entry.key) for kind in ("data/", "receipts/") for entry in store.list(kind)}
+
     where.mkdir()
-    result = where / "result.json"
+    result, other = where / "result.json", where / "other.json"
     # Once in this process: what is imported at first use is there in every child.
     assert [ingest_shard(task).state for task in pending(copy("at-first"))] == ["committed"]
-    assert ingest_in_child(copy("undisturbed"), None, "", result) == 0
+    assert ingest_in_child(copy("undisturbed"), None, "", result)[1] == 0
     for n in range(1, json.loads(result.read_text())["calls"] + 1):
         for how in ways:
             store = copy(f"{n}-{how}")
-            ended = ingest_in_child(store, n, how, result)
-            first = json.loads(result.read_text()) if result.exists() else {"state": "killed", "text": ""}
+            result.unlink(missing_ok=True)
+            child, ended = ingest_in_child(store, n, how, result)
             had_receipt, before = bool(committed_generations(store)), asked()
-            assert ingest_in_child(store, None, "", result) == 0
+            assert ingest_in_child(store, None, "", other)[1] == 0
+            asked_again = asked() - before
+            if os.WIFSTOPPED(ended):
+                stands = committed(store)
+                os.kill(child, signal.SIGCONT)
+                ended = os.waitpid(child, 0)[1]
+                assert committed(store) == stands, "somebody who slept changed what was committed meanwhile"
+            first = json.loads(result.read_text()) if result.exists() else {"state": "killed", "text": ""}
             disturbed = {
                 "store": str(store.root),
                 "how": how,
@@ -100,8 +111,8 @@ def main(planned: Path, where: Path, counts_url: str, ways: list[str]) -> None:
                 "first": first["state"],
                 "text": first["text"],
                 "had_receipt": had_receipt,
-                "then": json.loads(result.read_text())["state"],
-                "asked_again": asked() - before,
+                "then": json.loads(other.read_text())["state"],
+                "asked_again": asked_again,
             }
             print(json.dumps(disturbed), flush=True)
 

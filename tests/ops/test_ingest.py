@@ -418,6 +418,17 @@ def test_a_kill_before_or_after_each_write_of_a_shard_loses_nothing(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_a_frozen_worker_whose_shard_was_done_by_another_changes_nothing_when_it_wakes_up(
+    tmp_path: Path, web: DemoWeb
+) -> None:
+    frozen = _disturbed(tmp_path, web, "freeze")
+    assert {each["killed_by"] for each in frozen} == {0}
+    # Equal bytes count as its own: it can't tell whose receipt it finds.
+    assert {each["first"] for each in frozen} <= {"committed", "already"}
+    assert sum(not each["had_receipt"] for each in frozen) >= 9, "at each write of tar, sidecar and receipt"
+
+
+@pytest.mark.slow
 def test_a_write_that_fails_or_lies_and_a_clock_that_jumps_commit_nothing_and_are_named(
     tmp_path: Path, web: DemoWeb
 ) -> None:
