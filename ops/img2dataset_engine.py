@@ -30,6 +30,7 @@ import re
 import threading
 import traceback
 import urllib.request
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,11 +56,11 @@ _TEXTS: tuple[tuple[str, Reason], ...] = (
     (r"HTTP Error 408", Reason.HTTP_408),
     (r"HTTP Error 425", Reason.HTTP_425),
     (r"HTTP Error 429", Reason.HTTP_429),
+    (r"Redirection to url .* is not allowed", Reason.REDIRECT_FORBIDDEN),
     (r"HTTP Error 30\d.*infinite loop", Reason.REDIRECT_LIMIT),
     (r"HTTP Error 4", Reason.HTTP_4XX),
     (r"HTTP Error 5", Reason.HTTP_5XX),
     (r"HTTP Error |BadStatusLine|got more than \d+ bytes", Reason.HTTP_STATUS),
-    (r"Redirection to url .* is not allowed", Reason.REDIRECT_FORBIDDEN),
     (r"X-Robots-Tag", Reason.OPT_OUT),
     (r"hash mismatch", Reason.HASH_MISMATCH),
     (r"timed out", Reason.TIMEOUT),
@@ -146,8 +147,9 @@ def _download(shard: _Shard, urls: list[str], picture: PictureSettings, fetch: F
     import pyarrow as pa
 
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks a server for the newest version
-    downloader: Any = importlib.import_module("img2dataset.downloader")
-    resizer: Any = importlib.import_module("img2dataset.resizer")
+    with warnings.catch_warnings(action="ignore"):  # it stays with imghdr, which Python 3.13 removed
+        downloader: Any = importlib.import_module("img2dataset.downloader")
+        resizer: Any = importlib.import_module("img2dataset.resizer")
     folder.mkdir()
     feather = folder / "0.feather"
     table = pa.table({"url": urls})
