@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from ops.avif import is_avif, read_avif
 from ops.reasons import Reason, Rejected
 
 if TYPE_CHECKING:
@@ -60,10 +61,16 @@ class Header:
 
 # --- headers ---------------------------------------------------------------------------------------------------------
 def read_header(data: bytes) -> Header | Rejected:
-    """Format, upright size and orientation of JPEG, PNG, GIF, WebP or BMP, without decoding: microseconds.
+    """Format, upright size and orientation of JPEG, PNG, GIF, WebP, AVIF or BMP, without decoding: microseconds.
 
-    Rejected is `not_an_image` for other bytes and `decode` for a header of these formats that is broken.
+    Rejected is `not_an_image` for other bytes and `decode` for a header of these formats that is broken. TIFF, JPEG
+    2000, HEIC, ICO and SVG are other bytes: browsers show no photographs in them, and each decoder is one more way in.
     """
+    if is_avif(data):
+        avif = read_avif(data)
+        if avif is None or avif.width < 1 or avif.height < 1:
+            return Rejected(Reason.DECODE, "header")
+        return _upright("avif", avif.width, avif.height, avif.orientation, avif.has_alpha)
     for magic, read in _READERS.items():
         if data.startswith(magic) and (magic != b"RIFF" or data[8:12] == b"WEBP"):
             try:
@@ -194,7 +201,7 @@ def decode(data: bytes, header: Header, at_least_px: int) -> Pixels | Rejected:
     try:
         if header.format == "jpeg":
             pixels = _decode_jpeg(data, header, at_least_px)
-        elif header.format == "gif" or (header.format == "png" and data[25] == 0 and header.has_alpha):
+        elif header.format in ("gif", "avif") or (header.format == "png" and data[25] == 0 and header.has_alpha):
             pixels = _decode_pillow(data, header)  # cv2 loses the one transparent level of a gray PNG
         else:
             pixels = _decode_cv2(data, header)
@@ -262,14 +269,15 @@ def _decode_cv2(data: bytes, header: Header) -> Pixels:
 
 
 def _decode_pillow(data: bytes, header: Header) -> Pixels:
-    from PIL import Image
+    from PIL import AvifImagePlugin, Image
 
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker has its CPU, and threads of its own
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.size != header.stored_size:  # a first frame that is larger than its GIF
                 raise _Undecodable
             return _on_white(np.array(picture.convert("RGBA")))
-    except (OSError, ValueError, SyntaxError, EOFError, Warning, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, RuntimeError, SyntaxError, EOFError, Warning, Image.DecompressionBombError) as error:
         raise _Undecodable from error
 
 

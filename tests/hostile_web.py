@@ -179,6 +179,12 @@ def seen(data: bytes) -> np.ndarray:
         return np.array(Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB"))
 
 
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """dB; 99 for equal pictures."""
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
 def statuses() -> dict[str, Kind]:
     wanted = {
         204: "empty", 300: "http_status", 301: "http_status", 304: "http_status", 400: "http_4xx", 401: "http_4xx",
@@ -368,7 +374,13 @@ def pictures() -> dict[str, Kind]:
         "webp-lossless-rgba": saved(rgba, "WEBP", lossless=True),
         "webp-animated": saved(frames[0], "WEBP", quality=90, **moving),
         "bmp": saved(picture, "BMP"),
+        "avif": saved(picture, "AVIF", quality=90),
+        "avif-gray": saved(gray, "AVIF", quality=90),
+        "avif-rgba": saved(rgba, "AVIF", quality=90),
     }  # fmt: skip
+    liar = bytearray(saved(Image.new("RGB", (3000, 3000), "teal"), "AVIF", speed=10))
+    at = liar.index(b"ispe") + 8
+    liar[at : at + 8] = struct.pack(">II", 300, 240)
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -388,6 +400,9 @@ def pictures() -> dict[str, Kind]:
         "png-cut-at-50": (png[: len(png) // 2], "decode"),
         "png-cut-at-95": (png[: len(png) * 95 // 100], "decode"),
         "webp-cut-at-50": (known["webp"][: len(known["webp"]) // 2], "decode"),
+        "avif-cut-at-50": (known["avif"][: len(known["avif"]) // 2], "decode"),
+        "avif-animated": (saved(frames[0], "AVIF", **moving), "not_an_image"),
+        "avif-larger-inside": (bytes(liar), "decode"),
         "jpeg-flipped": (demo_web._corrupt(), "decode"),
         "png-flipped": (png[: len(png) // 2] + bytes(9) + png[len(png) // 2 + 9 :], "decode"),
         "jpeg2000": (saved(picture, "JPEG2000"), "not_an_image"),

@@ -20,7 +20,7 @@ from ops.pictures import decode_stored
 from ops.plan import Columns, PlanSettings, extend_plan
 from ops.reasons import SUCCESS
 from ops.shards import read_receipts, tar_members
-from tests.hostile_web import FORBIDDEN, Kind, answer, canned, demo_web, kinds, seen, serve_kinds
+from tests.hostile_web import FORBIDDEN, Kind, answer, canned, demo_web, kinds, psnr, seen, serve_kinds
 from tests.pairs import FILTERS, rows
 
 DEADLINE_S = 8.0
@@ -68,11 +68,6 @@ def stored(store: LocalStore) -> dict[str, np.ndarray]:
             if name.endswith(".jpg"):
                 found[name.removesuffix(".jpg")] = decode_stored(data[at : at + size])
     return found
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 @pytest.mark.slow

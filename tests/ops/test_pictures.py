@@ -4,7 +4,6 @@ import io
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -26,14 +25,9 @@ from ops.pictures import (
     transformer_crop,
 )
 from ops.reasons import Reason, Rejected
+from tests.hostile_web import psnr, saved
 
 REPO = Path(__file__).parents[2]
-
-
-def saved(picture: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def pixels_of(data: bytes, at_least_px: int = 10_000) -> np.ndarray:
@@ -43,12 +37,6 @@ def pixels_of(data: bytes, at_least_px: int = 10_000) -> np.ndarray:
     assert isinstance(pixels, np.ndarray), pixels
     assert (pixels.dtype, pixels.shape[2], pixels.flags.c_contiguous) == (np.uint8, 3, True)
     return pixels
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """dB; 99 for equal pictures."""
-    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def photo(seed: int, width: int, height: int) -> np.ndarray:
