@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from infra.cluster import Cluster, connect, quiet_environment
+from ops.demo_web import serve
 from tests.buckets import BUCKET, Bucket, moto, seaweedfs
+from tests.img2dataset_folder import Folder, make_folder
 from tests.ops.conftest import learned as learned
 
 quiet_environment()
@@ -33,6 +35,14 @@ def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     """A bucket of moto's server, started at the first test that asks for it."""
     with moto(tmp_path_factory.mktemp("moto") / "server") as bucket:
         yield bucket
+
+
+@pytest.fixture(scope="session")
+def img2dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+    """What a run of the real img2dataset left, with damage. Read only, but for the counts of its web."""
+    root = tmp_path_factory.mktemp("img2dataset")
+    with serve(root) as web:
+        yield make_folder(root, web)
 
 
 @pytest.fixture

@@ -26,12 +26,14 @@ SOUND, TRUNCATED, NO_TAR, TORN_STATS, SHORT, OUTAGE, NO_PARQUET = range(7)
 
 @dataclass(frozen=True)
 class Folder:
-    """`list` is what it was made from, `pairs` are its rows in order, `sound` the URLs whose pictures are there."""
+    """`list` is what it was made from, `pairs` are its rows in order, `sound` the URLs whose pictures are there. `web`
+    still serves all of them."""
 
     path: Path
     list: Path
     pairs: Sequence[tuple[str, str]]
     sound: frozenset[str]
+    web: DemoWeb
 
     def pictures(self) -> dict[str, bytes]:
         """URL -> the JPEG, of all whole members of its tars."""
@@ -91,7 +93,7 @@ def make_folder(root: Path, web: DemoWeb) -> Folder:
         *(SHORT * PER_SHARD + row for row in range(PER_SHARD) if row not in LOST),
         *(NO_PARQUET * PER_SHARD + row for row in range(PER_SHARD) if row != 3),
     ]
-    return Folder(path, listed, list(zip(urls, captions, strict=True)), frozenset(urls[row] for row in rows))
+    return Folder(path, listed, list(zip(urls, captions, strict=True)), frozenset(urls[row] for row in rows), web)
 
 
 def _damage(path: Path) -> int:
@@ -114,4 +116,4 @@ def _damage(path: Path) -> int:
 
 def copy_of(folder: Folder, to: Path) -> Folder:
     """The same in another place, for tests that change it."""
-    return Folder(shutil.copytree(folder.path, to), folder.list, folder.pairs, folder.sound)
+    return Folder(shutil.copytree(folder.path, to), folder.list, folder.pairs, folder.sound, folder.web)

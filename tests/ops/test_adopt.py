@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from infra.cluster import REPO
 from infra.store import LocalStore, Store, open_store
 from ops.adopt import Adoption, look_at_folder, plan_adoption
-from ops.demo_web import DemoWeb, serve
+from ops.demo_web import DemoWeb
 from ops.errors import BadList, StorageError, UsageError
 from ops.filters import FilterSettings
 from ops.ingest import ingest_shard
@@ -35,22 +34,20 @@ from tests.img2dataset_folder import (
     TRUNCATED,
     Folder,
     copy_of,
-    make_folder,
 )
 from tests.pairs import FILTERS, assert_conserved, pending, rows, statuses
 
 PLAN = PlanSettings(pairs_per_shard=40)
 
 
-@pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoWeb]:
-    with serve(tmp_path_factory.mktemp("web")) as web:
-        yield web
+@pytest.fixture
+def folder(img2dataset_folder: Folder) -> Folder:
+    return img2dataset_folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, web: DemoWeb) -> Folder:
-    return make_folder(tmp_path_factory.mktemp("img2dataset"), web)
+@pytest.fixture
+def web(folder: Folder) -> DemoWeb:
+    return folder.web
 
 
 @pytest.fixture
