@@ -123,15 +123,19 @@ class Sampler:
 
     def of_a_shard(self, shards: int) -> dict[str, Any]:
         """Milliseconds a shard, wall and CPU by role, between the first and the last tenth: no start, no end in it."""
-        middle = [sample for sample in self.samples if 0.1 * shards <= sample.done <= 0.9 * shards]
+        middle = self._middle(shards)
         first, last = middle[0], middle[-1]
         count = max(last.done - first.done, 1)
         cpu = {role: 1000 * (last.cpu_s[role] - first.cpu_s.get(role, 0.0)) / count for role in last.cpu_s}
         return {"shards": count, "wall_ms": 1000 * (last.at_s - first.at_s) / count, "cpu_ms": cpu}
 
+    def _middle(self, shards: int) -> list[Sample]:
+        middle = [sample for sample in self.samples if 0.1 * shards <= sample.done <= 0.9 * shards]
+        return middle if len(middle) > 1 else self.samples  # so few shards that all were done between two looks
+
     def memory(self, shards: int) -> dict[str, Any]:
         """Resident MB of each role when a tenth was done and at nine tenths, and the MB more for 10,000 shards."""
-        middle = [sample for sample in self.samples if 0.1 * shards <= sample.done <= 0.9 * shards]
+        middle = self._middle(shards)
         told = {}
         for role in middle[-1].bytes:
             began, ended = (sample.bytes.get(role, 0) / 1e6 for sample in (middle[0], middle[-1]))

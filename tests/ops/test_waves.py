@@ -97,3 +97,27 @@ def test_the_window_bounds_what_is_in_flight(tmp_path: Path, ray_cluster: None) 
         done += 1
         assert taken - done <= 4
     assert done == taken == 30
+
+
+def wait_for_the_others(chore: Chore) -> ShardOutcome:
+    """Shard 0 ends when all others have; each of these leaves a file."""
+    if chore.shard:
+        Path(chore.folder, f"ended-{chore.shard}").touch()
+    until_s = time.monotonic() + 120
+    while not chore.shard and len(list(Path(chore.folder).glob("ended-*"))) < STRAGGLED:
+        if time.monotonic() > until_s:
+            return ShardOutcome(0, 0, "failed")
+        time.sleep(0.02)
+    return ShardOutcome(chore.shard, 0, "committed")
+
+
+STRAGGLED = 30
+
+
+def test_a_straggler_idles_nobody(tmp_path: Path, ray_cluster: None) -> None:
+    """It is among the first, and open until every other shard has ended: far more than the window holds."""
+    chores = [Chore(i, str(tmp_path)) for i in range(STRAGGLED + 1)]
+    submit = on_ray(wait_for_the_others, "chore")
+    outcomes = list(drive(chores, submit, open_store(str(tmp_path)), "pairs", window=4))
+    assert {outcome.state for outcome in outcomes} == {"committed"}
+    assert [outcome.shard for outcome in outcomes][-1] == 0

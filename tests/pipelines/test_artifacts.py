@@ -18,9 +18,11 @@ from ops.errors import Incomplete, UsageError
 from ops.ingest import OutageSettings
 from ops.plan import Columns, PlanSettings
 from ops.status import status
+from ops.waves import ShardOutcome, Tick, drive, on_ray
 from pipelines.artifacts import TABLE_ROWS, artifact_key
 from pipelines.settings import resolve
 from tests.ops.conftest import Learned
+from tests.ops.test_waves import STRAGGLED, Chore, wait_for_the_others
 from tests.pairs import FETCH, FILTERS, PICTURE, generated
 from tests.small_runs import DVAE, TOKENIZER_TRAINING
 
@@ -141,6 +143,37 @@ def test_shards_that_are_left_are_told_in_a_table_and_the_rest_counts(tmp_path: 
         state, artifacts = flow_runs(into)["ingest"]  # of which a rerun is a run
         assert state == "Completed"
         assert any(row["key"].startswith("rerun-report-") for row in artifacts.values())
+
+
+def test_waves_end_while_a_straggler_of_the_first_is_open(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wave is a record, not a barrier: the straggler ends in the last of them."""
+    from prefect import flow, get_client
+
+    import pipelines.waves
+    from pipelines.artifacts import Board
+
+    monkeypatch.setattr(pipelines.waves, "wave_size", lambda cpus: 8)
+    chores = [Chore(i, str(tmp_path)) for i in range(STRAGGLED + 1)]
+    store, ended = open_store(str(tmp_path)), []
+
+    def work(tick: Tick) -> Iterator[ShardOutcome]:
+        for outcome in drive(chores, on_ray(wait_for_the_others, "chore"), store, "pairs", 4, tick):
+            ended.append(outcome.shard)
+            yield outcome
+
+    @flow(name="straggler", persist_result=False)
+    def straggler() -> list[str]:
+        with Board("ingest", str(tmp_path)) as board:
+            pipelines.waves.run_in_waves("ingest", str(tmp_path), chores, work, board)
+        with get_client(sync_client=True) as client:
+            return sorted(run.name for run in client.read_task_runs() if run.name.startswith("wave-"))
+
+    waves = straggler()
+    assert len(ended) == STRAGGLED + 1
+    assert ended[-1] == 0
+    assert waves[-4:] == ["wave-00000-00007", "wave-00008-00015", "wave-00016-00023", "wave-00024-00030"]
 
 
 def test_a_training_that_cannot_begin_is_failed_and_says_why(tmp_path: Path) -> None:
