@@ -20,7 +20,6 @@ Proxies of the environment (http_proxy) are not used: a proxy resolves names its
 
 from __future__ import annotations
 
-import io
 import ipaddress
 import math
 import socket
@@ -30,10 +29,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
-from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, TypeVar
@@ -46,7 +43,8 @@ from ops.addresses import Names, Resolver, Target, is_public, normal_url, says_n
 from ops.limits import Budget, Clock, Reaper, Room, Watch
 from ops.manners import Turns, opts_out
 from ops.reasons import Reason, Rejected, is_transient
-from ops.robots import ALL_ALLOWED, MAX_BYTES, PRODUCT_TOKEN, TTL_S, NodeCache, Rules, parse
+from ops.robots import MAX_BYTES, PRODUCT_TOKEN, NodeCache, Sites
+from ops.wire import connection_to, retry_after_s, shared_ssl_context
 
 
 def _network(text: str) -> str:
@@ -148,64 +146,6 @@ class _Row:
         self.target, self.hops, self.tries = self.first, 0, self.tries + 1
 
 
-class _SiteRules:
-    """What robots.txt says, by site, and the rows that wait to hear it: whoever asks, a site is asked once."""
-
-    def __init__(self, cache: NodeCache, cool_down_s: float) -> None:
-        self._cache = cache
-        self._cool_down_s = cool_down_s
-        self._lock = threading.Lock()
-        self._known: dict[str, tuple[float, Rules | Rejected | Exception]] = {}
-        self._waiting: dict[str, list[_Row]] = {}
-
-    def of(self, row: _Row, ask: Callable[[_Row], None]) -> Rules | Rejected | None:
-        """The rules of the row's site, or why they can't be known; None: the row waits, and `ask` was called if it is
-        the first."""
-        site = row.target.site
-        with self._lock:
-            until, says = self._known.get(site, (0.0, None))
-            if says is not None and time.monotonic() < until:
-                if isinstance(says, Exception):
-                    raise says
-                return says
-            if (rules := self._cache.get(site)) is not None:
-                self._known[site] = (time.monotonic() + TTL_S, rules)
-                return rules
-            row.clock.stop()
-            is_first = site not in self._waiting
-            self._waiting.setdefault(site, []).append(row)
-        if is_first:
-            ask(row)
-        return None
-
-    def learn(self, site: str, answer: Answer | Exception) -> list[_Row]:
-        """Takes the answer to `site`/robots.txt; returns the rows that waited for it."""
-        seconds, says = TTL_S, self._meaning(site, answer)
-        if not isinstance(says, Rules):
-            seconds = self._cool_down_s
-        with self._lock:
-            self._known[site] = (time.monotonic() + seconds, says)
-            return self._waiting.pop(site)
-
-    def _meaning(self, site: str, answer: Answer | Exception) -> Rules | Rejected | Exception:
-        if isinstance(answer, Exception):
-            return answer
-        if isinstance(answer, Rejected) and is_transient(answer.reason):
-            return Rejected(answer.reason, "robots.txt did not come")
-        # A site without the file allows all. So does one whose file leads nowhere: each row finds that out by itself.
-        rules = ALL_ALLOWED
-        if isinstance(answer, Fetched):
-            rules = parse(answer.data)
-            answer.release()
-        elif answer.reason != Reason.HTTP_4XX:
-            return rules
-        self._cache.put(site, rules)
-        return rules
-
-    def close(self) -> None:
-        self._cache.close()
-
-
 class Fetcher:
     """Fetches URLs with threads of its own. A context manager: at its end open requests end as `timeout`.
 
@@ -230,7 +170,7 @@ class Fetcher:
             "Accept-Encoding": "identity",
             "Connection": "close",
         }
-        self._ssl_context = ssl_context or _shared_ssl_context()
+        self._ssl_context = ssl_context or shared_ssl_context()
         self._allowed = [ipaddress.ip_network(network) for network in settings.allow_private]
         self._closing = threading.Event()
         self._reaper = Reaper()
@@ -241,7 +181,7 @@ class Fetcher:
         self._turns = Turns[_Row](
             settings.connections_per_host, settings.deadline_s, settings.dead_after, settings.dead_host_s
         )
-        self._robots = _SiteRules(NodeCache(robots_cache), settings.dead_host_s)
+        self._sites = Sites[_Row](NodeCache(robots_cache), settings.dead_host_s)
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Fetcher:
@@ -258,7 +198,7 @@ class Fetcher:
         self._turns.close()
         for thread in self._threads:
             thread.join()
-        self._robots.close()
+        self._sites.close()
 
     def fetch(self, url: str, *, not_after: float = math.inf) -> Answer:
         """Asks for one URL and waits: its body, or why there is none. What the web does raises nothing."""
@@ -322,9 +262,11 @@ class Fetcher:
         if refusal := self._turns.refusal(host):
             return refusal
         if self.settings.robots and not row.is_robots:
-            rules = self._robots.of(row, self._ask_for_robots)
+            row.clock.stop()
+            rules = self._sites.rules(row.target.site, row, self._ask_for_robots)
             if rules is None or isinstance(rules, Rejected):
                 return rules
+            row.clock.go_on()
             if not rules.allow(row.target.path):
                 return Rejected(Reason.ROBOTS)
         try:
@@ -375,7 +317,9 @@ class Fetcher:
         target = replace(row.target, path="/robots.txt")
 
         def end(answer: Answer | Exception) -> None:
-            for waiting in self._robots.learn(site, answer):
+            if isinstance(answer, Fetched):
+                answer.release()
+            for waiting in self._sites.learn(site, answer.data if isinstance(answer, Fetched) else answer):
                 self._turns.put(waiting.target.host, waiting, first=True)
 
         clock = Clock(self.settings.deadline_s, row.clock.not_after)
@@ -387,7 +331,7 @@ class Fetcher:
         target, clock = row.target, row.clock
         addresses = self._checked_addresses(target.host, clock, redirected=row.hops > 0)
         with self._reaper.watch(clock.at) as watch:
-            connection = _connection(target, self._ssl_context)
+            connection = connection_to(target, self._ssl_context)
             response: HTTPResponse | None = None
             step = "connect"
             try:
@@ -471,7 +415,7 @@ class Fetcher:
         reason = {408: Reason.HTTP_408, 425: Reason.HTTP_425, 429: Reason.HTTP_429}.get(status)
         if reason is None:
             reason = {4: Reason.HTTP_4XX, 5: Reason.HTTP_5XX}.get(status // 100, Reason.HTTP_STATUS)
-        raise _No(reason, "", status, retry_after_s=_seconds(response.getheader("Retry-After")))
+        raise _No(reason, "", status, retry_after_s=retry_after_s(response.getheader("Retry-After")))
 
     def _read_body(self, response: HTTPResponse, row: _Row, watch: Watch) -> Fetched:
         status, clock = response.status, row.clock
@@ -584,75 +528,3 @@ def _no_for(error: Exception, step: str) -> _No:
             return _No(Reason.TRUNCATED) if step == "body" else _No(Reason.CONNECT)
         case _:
             return _No(Reason.HTTP_STATUS, "not an answer in HTTP")
-
-
-class _Lines(io.BufferedReader):
-    """Remembers the last line that was not nothing: http.client takes the end of the connection for an empty line."""
-
-    last = b""
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(size)
-        self.last = line or self.last
-        return line
-
-
-class _Response(HTTPResponse):
-    """Raises IncompleteRead for a head, or for chunks, that the end of the connection cut."""
-
-    def __init__(self, sock: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None):
-        super().__init__(sock, debuglevel, method, url)
-        self.fp = self._lines = _Lines(self.fp.detach())
-
-    def begin(self) -> None:
-        try:
-            super().begin()
-        except BadStatusLine as error:
-            line = self._lines.last
-            if line.startswith(b"HTTP/1."[: len(line)]) and line and not line.endswith(b"\n"):
-                raise IncompleteRead(b"") from error
-            raise
-        # An error's status says all that we want to know of it.
-        if self._lines.last not in (b"\r\n", b"\n") and self.status < 400:
-            raise IncompleteRead(b"")
-
-    def read1(self, n: int = -1) -> bytes:
-        data = super().read1(n)
-        if not data and self.chunked and not self._lines.last.endswith(b"\n"):  # "0" of "0a00\r\n"
-            raise IncompleteRead(b"")
-        return data
-
-
-def _connection(target: Target, context: ssl.SSLContext) -> HTTPConnection:
-    """A connection without a socket: it knows the Host header and must not dial by itself."""
-    if target.scheme == "https":
-        connection: HTTPConnection = HTTPSConnection(target.host, target.port, context=context)
-    else:
-        connection = HTTPConnection(target.host, target.port)
-    connection.auto_open = 0
-    connection.response_class = _Response
-    return connection
-
-
-def _seconds(retry_after: str | None) -> float:
-    """Retry-After as seconds from now, a day at most: a number or a date; 0 without one."""
-    wanted = 0.0
-    with suppress(ValueError, OverflowError):
-        try:
-            wanted = float(retry_after or 0)
-        except ValueError:
-            wanted = parsedate_to_datetime(retry_after or "").timestamp() - time.time()
-    return min(86_400.0, max(0.0, wanted))
-
-
-_ssl_context: ssl.SSLContext | None = None
-_ssl_lock = threading.Lock()
-
-
-def _shared_ssl_context() -> ssl.SSLContext:
-    """One context a process: building one costs 30 ms of CPU, more than all else that is done for a picture."""
-    global _ssl_context
-    with _ssl_lock:
-        if _ssl_context is None:
-            _ssl_context = ssl.create_default_context()
-        return _ssl_context

@@ -1,6 +1,6 @@
 """robots.txt after RFC 9309: which paths of a site a crawler with our product token may ask for, and a memory of that.
 
-Not here: how a file is fetched, and what a site that can't be reached means for its rows (ops/fetch.py).
+Not here: how a file is fetched (ops/fetch.py).
 `Crawl-delay` and `Sitemap` are no part of the RFC and are not read.
 """
 
@@ -14,9 +14,12 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from ops.reasons import Reason, Rejected, is_transient
 
 PRODUCT_TOKEN = "armchair"
 MAX_BYTES = 500 << 10
@@ -109,6 +112,67 @@ def _matches(pattern: str, path: str) -> bool:
     if to_the_end:
         return path.endswith(others[-1]) and len(path) - len(others[-1]) >= at
     return path.find(others[-1], at) >= 0
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+Waiting = TypeVar("Waiting")
+
+
+class Sites(Generic[Waiting]):
+    """The rules of every site that rows want to know, and the rows that wait for them: a site is asked once.
+
+    A file that did not come (5xx, no connection, no end) closes its site for `cool_down_s`, under that reason.
+    """
+
+    def __init__(self, cache: NodeCache, cool_down_s: float) -> None:
+        self._cache = cache
+        self._cool_down_s = cool_down_s
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[float, Rules | Rejected | Exception]] = {}
+        self._waiting: dict[str, list[Waiting]] = {}
+
+    def rules(self, site: str, row: Waiting, ask: Callable[[Waiting], None]) -> Rules | Rejected | None:
+        """The rules, or why they can't be known. None: the row waits (and is another thread's from now on); the first
+        one to wait has called `ask`. Raises what asking raised."""
+        with self._lock:
+            until, says = self._known.get(site, (0.0, None))
+            if says is not None and time.monotonic() < until:
+                if isinstance(says, Exception):
+                    raise says
+                return says
+            if (rules := self._cache.get(site)) is not None:
+                self._known[site] = (time.monotonic() + TTL_S, rules)
+                return rules
+            is_first = site not in self._waiting
+            self._waiting.setdefault(site, []).append(row)
+        if is_first:
+            ask(row)
+        return None
+
+    def learn(self, site: str, answer: bytes | Rejected | Exception) -> list[Waiting]:
+        """Takes the site's robots.txt, or why there is none; returns the rows that waited."""
+        says: Rules | Rejected | Exception
+        match answer:
+            case bytes():
+                says = parse(answer)
+            case Rejected() if not is_transient(answer.reason):
+                # What leads nowhere (a forbidden redirect, no such name) allows all like 4xx; each row finds that out.
+                says = ALL_ALLOWED
+            case Rejected():
+                says = Rejected(answer.reason, "robots.txt did not come")
+            case _:
+                says = answer
+        is_an_answer = not isinstance(answer, Rejected) or answer.reason == Reason.HTTP_4XX
+        if isinstance(says, Rules) and is_an_answer:
+            self._cache.put(site, says)
+        seconds = TTL_S if isinstance(says, Rules) else self._cool_down_s
+        with self._lock:
+            self._known[site] = (time.monotonic() + seconds, says)
+            return self._waiting.pop(site)
+
+    def close(self) -> None:
+        """Closes the cache."""
+        self._cache.close()
 
 
 class NodeCache:
