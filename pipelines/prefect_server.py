@@ -7,6 +7,7 @@ ever. So it is started deaf to that signal: it ends with the process, by Prefect
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 import threading
@@ -35,6 +36,8 @@ def run_flow(flow: Flow[..., T], *arguments: Any, **named: Any) -> T:
         ended.append(flow.fn(*arguments, **named))
         return ended[0]
 
+    # Prefect resolves names of annotations in the module of the function: here nobody knows the flow's settings.
+    body.__signature__ = inspect.signature(flow.fn, eval_str=True)  # type: ignore[attr-defined]
     told = flow.with_options()
     told.fn = body
     try:
