@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ops.reasons import Reason, reason_class
@@ -74,6 +74,8 @@ def _sharded_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for attempt in told["unfinished"]:
         tries = f"{attempt['attempts']} attempts" if attempt["attempts"] != 1 else "1 attempt"
         yield "unfinished", f"shard {attempt['shard']} {attempt['state']} after {tries}: {attempt['why']}".rstrip(": ")
+    if (more := sum(shards[state] for state in ("deferred", "failed", "interrupted")) - len(told["unfinished"])) > 0:
+        yield "", f"and {more} more"
     if line := next_of(told):
         yield "next", line
 
@@ -348,3 +350,41 @@ def show_trained(told: dict[str, Any]) -> str:
     """Lines at the end of a training."""
     how = "was finished already" if told["was_done"] else "trained"
     return f"{told['location']}: {how}, step {told['step']}, model {told['digest'][:12]}"
+
+
+def show_forecast(told: dict[str, Any]) -> str:
+    """Lines for `armchair forecast`: each number with its 95 % interval."""
+    return "\n".join(f"{label:<15}{text}" for label, text in _forecast_rows(told))
+
+
+def _forecast_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "rows", f"{told['rows']:,}, of which {told['sample']:,} were fetched; in brackets 95 % intervals"
+    if told["transient"] > 0.5:
+        share = percent(told["transient"])
+        yield "beware", f"{share} failed for a passing reason: is the network up? Try again before you believe this"
+    yield "kept", _between(told["yield"], percent)
+    yield "", _between(told["pairs"], lambda count: f"{count:,.0f}") + " pairs"
+    for title in ("reasons", "languages"):
+        for row, (name, interval) in enumerate(list(told[title].items())[:REASONS]):
+            yield "" if row else title, f"{name:<21}{_between(interval, percent)}"
+    yield "bytes in", _between(told["bytes_in"], size)
+    stored = _between(told["bytes_stored"], size)
+    yield "bytes stored", f"{stored}, short side {told['short_side_px']} px"
+    yield "CPU", _between(told["cpu_hours"], lambda hours: duration(3600 * hours))
+    time = _between(told["hours"], lambda hours: duration(3600 * hours))
+    yield "", f"{time} on {told['cores']} cores like these, if network and sites keep up"
+    yield "sites", f"{_between(told['hosts'], '{:,.0f}'.format)}; {told['robots_requests']['value']:,.0f} robots.txt"
+
+
+def percent(share: float) -> str:
+    """A share as people say it.
+
+    >>> percent(0.7), percent(0.0123), percent(1)
+    ('70.0 %', '1.2 %', '100 %')
+    """
+    return "100 %" if share == 1 else f"{100 * share:.1f} %"
+
+
+def _between(interval: dict[str, float], say: Callable[[float], str]) -> str:
+    value, low, high = (say(interval[name]) for name in ("value", "low", "high"))
+    return value if low == high else f"{value} [{low} – {high}]"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import ops.status
 from infra.store import Entry, LocalStore
 from ops.attempts import ALIVE_S, Attempt
 from ops.demo_web import DemoWeb, serve
@@ -20,6 +21,7 @@ from ops.pictures import PictureSettings
 from ops.plan import PlanSettings
 from ops.run_record import Heartbeat, claim_run, end_run
 from ops.status import Memory, status
+from pipelines.show import show_status
 from tests.ops.conftest import Learned
 from tests.pairs import generated, pending, plan, reruns
 from tests.small_runs import write_pair_shard
@@ -73,6 +75,37 @@ def test_each_shard_is_counted_once_under_what_it_is(store: LocalStore, tmp_path
     assert told["pairs"]["kept"] + sum(told["pairs"]["rejected"].values()) == 4
     assert told["rates"]["pairs_per_s"] > 0
     assert told["bytes"] == sum(path.stat().st_size for path in store.root.glob("data/*"))
+
+
+def test_what_is_left_is_told_with_its_attempts_over_all_runs_and_its_last_error(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops.status, "UNFINISHED", 1)
+    plan(store, tmp_path / "list.tsv", [(f"http://127.0.0.1:9/{n}.jpg", f"no one {n}") for n in range(4)], 2)
+    for _ in range(2):
+        for task in pending(store):
+            assert ingest_shard(task).state == "deferred"
+    told = status(store)
+    assert (told["shards"]["deferred"], len(told["unfinished"])) == (2, 1)
+    (left,) = told["unfinished"]
+    assert (left["attempts"], left["why"]) == (2, "2 of 2 rows failed for reasons that may pass: connect 2")
+    text = show_status(told)
+    assert "unfinished shard 0 deferred after 2 attempts: 2 of 2 rows failed" in text
+    assert "and 1 more" in text
+
+
+def test_rates_read_few_records_however_many_shards_ended(
+    store: LocalStore, tmp_path: Path, web: DemoWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops.status, "EARLIEST", 2)
+    plan(store, tmp_path / "list.tsv", generated(web.url, range(8)), pairs_per_shard=1)
+    for task in pending(store):
+        ingest_shard(task)
+    counting = CountingStore(store.root)
+    rates = status(counting)["rates"]
+    assert sum(key.startswith("attempts/") for key in counting.reads) == 2
+    assert rates["pairs_per_s"] == pytest.approx(rates["shards_per_s"], abs=0.01)
+    assert rates["shards_per_s"] > 0
 
 
 def test_a_rerun_that_was_killed_is_told_though_its_shard_is_committed(
