@@ -157,7 +157,10 @@ def _is_hidden(parts: Sequence[str]) -> bool:
     return any(part[:1] in ("", ".", "_") for part in parts)
 
 
-def fingerprint(path: Path | ObjectPath) -> tuple[str, int, tuple[int, int, int]]:
+Stamp = tuple[int, int, int, int]
+
+
+def fingerprint(path: Path | ObjectPath) -> tuple[str, int, Stamp]:
     """Sha256 and size of a file, and a stamp that changes when somebody writes to it (compare with `stamp`)."""
     before = stamp(path)
     with path.open("rb") as file:
@@ -165,13 +168,13 @@ def fingerprint(path: Path | ObjectPath) -> tuple[str, int, tuple[int, int, int]
     return digest, before[0], before
 
 
-def stamp(path: Path | ObjectPath) -> tuple[int, int, int]:
-    """Size, time of the last write in ns, and inode (0 in a bucket)."""
+def stamp(path: Path | ObjectPath) -> Stamp:
+    """Size, times of the last write and of the last change of it or its name (ns), inode; in a bucket the first two."""
     if isinstance(path, ObjectPath):
         entry = path.entry()
-        return entry.bytes, int(entry.modified_s * 1e9), 0
+        return entry.bytes, int(entry.modified_s * 1e9), 0, 0
     status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def read_rows(list_path: ListPath, columns: Columns, *, caption_required: bool, scratch: Path) -> Iterator[Rows]:

@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -29,10 +29,11 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 
 from infra.metrics import Tell, untold
 from infra.store import Store
-from ops.errors import BadList, DamagedArtifact, StorageError
+from ops.errors import BadList, DamagedArtifact, StorageError, UsageError
 from ops.filters import FilterSettings, judge_captions
+from ops.list_digests import Digested, digest_lists
 from ops.lists import Columns as Columns
-from ops.lists import ListPath, Rows, find_lists, fingerprint, read_rows, stamp, text
+from ops.lists import Rows, find_lists, list_format, read_rows, stamp, text
 from ops.reasons import Reason
 from ops.recipes import file_sha256, parse_json, sha256
 from ops.shards import scratch_directory
@@ -184,7 +185,7 @@ def read_work_order(store: Store, work_order: WorkOrder) -> pa.Table:
         raise DamagedArtifact(place, work_order.sha256, "no file") from None
     if (found := sha256(data)) != work_order.sha256:
         raise DamagedArtifact(place, work_order.sha256, found)
-    table = pq.read_table(io.BytesIO(data))
+    table = pq.ParquetFile(io.BytesIO(data)).read()  # read_table makes a dataset of it first, a third more
     return table.select([name for name in table.column_names if name not in PLACE])
 
 
@@ -206,22 +207,11 @@ def extend_plan(
     that is killed leaves nothing that counts. Raises BadList before anything is written to the plan.
     """
     paths, passed_over = find_lists(lists)
-    prints = [(path, *fingerprint(path.path)) for path in paths]
+    digested = digest_lists(store, paths)
     while True:
         instalments = read_instalments(store)
-        covered = {planned.sha256 for instalment in instalments for planned in instalment.lists}
-        labels = {planned.label for instalment in instalments for planned in instalment.lists}
-        skipped: list[str] = []
-        changed: list[str] = []
-        todo: dict[str, tuple[ListPath, int, tuple[int, int, int]]] = {}
-        for path, digest, size, mark in prints:
-            if digest in covered or digest in todo:
-                skipped.append(path.label)
-            elif path.watched and path.label in labels:
-                changed.append(path.label)
-            else:
-                todo[digest] = (path, size, mark)
-        extension = Extension(None, tuple(instalments), tuple(skipped), tuple(changed), tuple(passed_over))
+        todo, skipped, changed = _compare(digested, instalments, columns)
+        extension = Extension(None, tuple(instalments), skipped, changed, tuple(passed_over))
         if not todo:
             return extension
         with scratch_directory() as scratch:
@@ -231,9 +221,45 @@ def extend_plan(
         # Another planner took our number: what it planned is covered now, the rest is planned again.
 
 
+def _compare(
+    digested: Sequence[Digested], instalments: Sequence[Instalment], columns: Columns
+) -> tuple[dict[str, Digested], tuple[str, ...], tuple[str, ...]]:
+    """The lists to plan, by digest; the labels of those that are planned already, and of watched ones that changed.
+
+    Raises UsageError for a list that was planned with other columns: it would make other pairs of the same bytes.
+    """
+    known = [planned for instalment in instalments for planned in instalment.lists]
+    covered, labels = {planned.sha256: planned.columns for planned in known}, {planned.label for planned in known}
+    todo: dict[str, Digested] = {}
+    skipped: list[str] = []
+    changed: list[str] = []
+    for one in digested:
+        label = one.path.label
+        was = covered.get(one.sha256)
+        if was is not None and was != columns and list_format(one.path.path) != "txt":
+            raise UsageError(
+                f"{label} was planned with --url-col {was.url} --caption-col {was.caption}, now they are "
+                f"{columns.url} and {columns.caption}.",
+                "Name the columns as they were, the new lists alone, or another --into.",
+            )
+        if was is not None or one.sha256 in todo:
+            skipped.append(label)
+        elif one.path.watched and label in labels:
+            changed.append(label)
+        else:
+            todo[one.sha256] = one
+    return todo, tuple(skipped), tuple(changed)
+
+
+def would_grow(store: Store, lists: Sequence[str], instalments: Sequence[Instalment], columns: Columns) -> bool:
+    """Whether `extend_plan` would add an instalment to these. Raises BadList, UsageError as it does."""
+    todo, _, _ = _compare(digest_lists(store, find_lists(lists)[0]), instalments, columns)
+    return bool(todo)
+
+
 def _plan(
     store: Store,
-    todo: dict[str, tuple[ListPath, int, tuple[int, int, int]]],
+    todo: Mapping[str, Digested],
     instalments: Sequence[Instalment],
     settings: PlanSettings,
     filters: FilterSettings,
@@ -243,25 +269,25 @@ def _plan(
     also: Sequence[ListFile],
 ) -> Instalment | None:
     """One instalment, or None if another planner was first."""
-    size = sum(bytes * (6 if path.path.suffix in (".gz", ".parquet") else 1) for path, bytes, _ in todo.values())
+    size = sum(one.bytes * (6 if one.path.path.suffix in (".gz", ".parquet") else 1) for one in todo.values())
     planned: list[ListFile] = []
     work_orders: list[WorkOrder] = []
     number, read = len(instalments), 0
     first_shard = sum(len(instalment.work_orders) for instalment in instalments)
     with UidSort(scratch, size) as rows_by_uid, UrlDuplicates(scratch) as duplicates:
         # In the order of digests: names and the order of the command line decide nothing.
-        for index, (digest, (path, bytes, mark)) in enumerate(sorted(todo.items())):
-            first = read
-            for rows in read_rows(path, columns, caption_required=filters.caption_required, scratch=scratch):
+        for index, (digest, one) in enumerate(sorted(todo.items())):
+            first, label = read, one.path.label
+            for rows in read_rows(one.path, columns, caption_required=filters.caption_required, scratch=scratch):
                 table = _judged(rows, settings, filters)
                 if settings.unique_urls:
                     _add_urls(duplicates, table, read)
-                rows_by_uid.add(_placed(table, index, rows.lines, read), path.label)
+                rows_by_uid.add(_placed(table, index, rows.lines, read), label)
                 read += len(table)
                 tell("rows read", read, None)
-            if stamp(path.path) != mark:
-                raise BadList(path.label, None, "was changed while it was read")
-            planned.append(ListFile(digest, path.label, read - first, bytes, columns))
+            if stamp(one.path.path) != one.stamp:
+                raise BadList(label, None, "was changed while it was read")
+            planned.append(ListFile(digest, label, read - first, one.bytes, columns))
         lost, urls = LostRows(read), None
         if settings.unique_urls:
             earlier = [instalment.urls for instalment in instalments if instalment.urls]

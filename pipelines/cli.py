@@ -131,7 +131,7 @@ def build(
     from pipelines.stages import Run, missing_stages
 
     settings, columns = _settings(preset, sets), _columns(url_col, caption_col)
-    if not missing_stages(lists, Run(into), settings):
+    if not missing_stages(lists, Run(into), settings, columns):
         _say({"into": into, "done": True}, json, f"{into} is finished: nothing to do. Its report is {into}/report.html")
         return
     from pipelines.build import build as flow
@@ -197,6 +197,33 @@ def adopt(
 
     s, columns = _settings(preset, sets), _columns(url_col, caption_col)
     _end(into, _run(flow, folder, list(lists), into, columns, s.plan, s.filters, s.picture, _cluster(cpus)), json)
+
+
+@app.command(sort_key=3)
+def forecast(
+    *lists: Annotated[str, Parameter(help="List files or folders of them: Parquet, CSV, TSV, JSON, JSONL, txt.")],
+    sample: Annotated[
+        int, Parameter(help="Rows that are really fetched. Four times as many halve the intervals.")
+    ] = 500,
+    seed: Annotated[int, Parameter(help="Another seed draws other rows.")] = 0,
+    cores: Annotated[int | None, Parameter(help="Cores of the planned run; default: those of this machine.")] = None,
+    preset: Preset = (),
+    sets: Sets = (),
+    url_col: UrlCol = "url",
+    caption_col: CaptionCol = "caption",
+    json: Json = False,
+) -> None:
+    """What lists will give and cost, with 95 % intervals, from a sample that is fetched and thrown away."""
+    from ops.forecast import forecast as foresee
+    from pipelines.progress import Progress
+    from pipelines.show import show_forecast
+
+    s, columns, cores = _settings(preset, sets), _columns(url_col, caption_col), cores or os.cpu_count() or 1
+    with Progress("forecast") as progress:
+        told = foresee(
+            lists, sample, seed, cores, s.plan, s.filters, s.fetch, s.picture, s.outage, columns, progress.tell
+        )
+    _say(told, json, show_forecast(told))
 
 
 @app.command(sort_key=4)

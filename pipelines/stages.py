@@ -13,9 +13,9 @@ from ops.errors import RecipeChanged, UsageError
 from ops.filters import FilterSettings
 from ops.ingest import start_pairs
 from ops.jobs import Job
-from ops.lists import find_lists, fingerprint
+from ops.lists import find_lists
 from ops.pictures import PictureSettings
-from ops.plan import Instalment, PlanSettings, read_instalments
+from ops.plan import Columns, PlanSettings, read_instalments, would_grow
 from ops.recipes import RECIPE
 from ops.shards import committed_generations
 from ops.tokenize import pending_tasks as pending_tokens
@@ -63,11 +63,11 @@ class Run:
         return Job("transformer", self.tokens, self.model, settings.transformer, training, sampling)
 
 
-def missing_stages(lists: Sequence[str], run: Run, settings: Settings) -> list[str]:
+def missing_stages(lists: Sequence[str], run: Run, settings: Settings, columns: Columns = Columns()) -> list[str]:
     """Names of the stages that still have work, in order; empty for a finished run.
 
-    Raises RecipeChanged if a stage that was begun was made with other settings, UsageError for lists that are none and
-    for sizes of the two models that do not fit each other.
+    Raises RecipeChanged if a stage that was begun was made with other settings, UsageError for lists that are none or
+    were planned with other columns, and for sizes of the two models that do not fit each other.
     """
     if not lists:
         raise UsageError("no list was given.", "Name at least one list file or folder: armchair build LIST --into RUN")
@@ -80,7 +80,7 @@ def missing_stages(lists: Sequence[str], run: Run, settings: Settings) -> list[s
     begin_pairs(pairs, settings.plan, settings.filters, settings.picture)
     instalments = read_instalments(pairs)
     planned = {order.shard for instalment in instalments for order in instalment.work_orders}
-    if _has_new(lists, instalments) or planned - committed_generations(pairs).keys():
+    if would_grow(pairs, lists, instalments, columns) or planned - committed_generations(pairs).keys():
         missing.append("ingest")
     if not _is_trained(run.tokenizer_job(settings)):
         missing.append("train tokenizer")
@@ -127,16 +127,6 @@ def _is_report_old(run: Run) -> bool:
     commits = [(run.pairs, "receipts/"), (run.tokenizer, "steps/"), (run.tokens, "receipts/"), (run.model, "steps/")]
     newest = max(entry.modified_s for stage, prefix in commits for entry in open_store(stage).list(prefix))
     return written is None or written.modified_s < newest
-
-
-def _has_new(lists: Sequence[str], instalments: Sequence[Instalment]) -> bool:
-    """Whether a plan would grow. A file of a folder whose bytes changed since it was planned is skipped, not new."""
-    known = [planned for instalment in instalments for planned in instalment.lists]
-    digests, labels = {planned.sha256 for planned in known}, {planned.label for planned in known}
-    return any(
-        fingerprint(path.path)[0] not in digests and not (path.watched and path.label in labels)
-        for path in find_lists(lists)[0]
-    )
 
 
 def _begun(stage: str) -> bool:
