@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from infra.store import TEMPORARY, LocalStore, Store
+from infra.store import TEMPORARY, LocalStore, Store, open_store
 from ops import lists, plan, uid_sort, url_duplicates
-from ops.errors import BadList, DamagedArtifact, StorageError, UnknownFormat
+from ops.errors import BadList, DamagedArtifact, StorageError, UnknownFormat, UsageError
 from ops.filters import FilterSettings
 from ops.plan import (
     Columns,
@@ -33,6 +33,7 @@ from ops.plan import (
     pair_uid,
     read_instalments,
     read_work_order,
+    would_grow,
 )
 
 REPO = Path(__file__).parents[2]
@@ -324,6 +325,65 @@ def test_a_new_list_extends_the_plan_even_one_that_sorts_earlier(tmp_path: Path)
     assert urls(store) == numbers((0, 250), (1000, 120))
     keys = [key for table in tables(store) for key in table["key"].to_pylist()]
     assert len(set(keys)) == len(keys)
+
+
+def test_a_watched_prefix_grows_shrinks_and_moves_and_every_list_is_planned_once(tmp_path: Path, place: str) -> None:
+    """The same on disk and in a bucket: new files, one that sorts earlier, one that moved, one whose bytes changed."""
+    lists, store = open_store(f"{place}/lists"), open_store(f"{place}/pairs")
+
+    def put(name: str, start: int, count: int) -> None:
+        lists.put(name, write_tsv(tmp_path / "one.tsv", start, count), if_absent=False)
+
+    def extend_by_prefix() -> Extension:
+        return extend_plan(store, [f"{place}/lists"], SMALL, FilterSettings(), BY_NAME)
+
+    def planned(extension: Extension) -> list[str]:
+        lists = extension.instalment.lists if extension.instalment else ()
+        return sorted(file.label.removeprefix(f"{place}/lists/") for file in lists)
+
+    put("2026/m.tsv", 0, 150)
+    first = extend_by_prefix()
+    assert planned(first) == ["2026/m.tsv"]
+    put("2025/a.tsv", 1000, 20)  # sorts earlier
+    put("2026/n.tsv", 2000, 120)
+    second = extend_by_prefix()
+    assert planned(second) == ["2025/a.tsv", "2026/n.tsv"]
+    assert second.instalment is not None
+    assert second.instalment.first_shard == 2
+    assert second.instalments[:1] == first.instalments
+    lists.delete("2026/m.tsv")
+    put("archive/m.tsv", 0, 150)  # moved
+    put("2026/n.tsv", 2000, 121)  # changed
+    put("2026/o.tsv", 2000, 120)  # the bytes that n had
+    third = extend_by_prefix()
+    assert planned(third) == []
+    assert third.changed == (f"{place}/lists/2026/n.tsv",)
+    assert urls(store) == numbers((0, 150), (1000, 20), (2000, 120))
+    lists.delete("2025/a.tsv")  # what was planned stays planned
+    put("2026/p.tsv", 3000, 10)
+    assert planned(extend_by_prefix()) == ["2026/p.tsv"]
+    assert urls(store) == numbers((0, 150), (1000, 20), (2000, 120), (3000, 10))
+
+
+def test_a_list_is_not_planned_again_with_other_columns_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("url\tcaption\tTEXT\nhttp://a/1\tin English\tthe same in words\n")
+    store = LocalStore(tmp_path / "pairs")
+    extend(store, path)
+    with pytest.raises(UsageError) as refused:
+        extend_plan(store, [str(path)], SMALL, FilterSettings(), Columns(caption="TEXT"))
+    assert "--url-col url --caption-col caption, now they are url and TEXT" in str(refused.value)
+    assert not would_grow(store, [str(path)], read_instalments(store), BY_NAME)
+    with pytest.raises(UsageError):
+        would_grow(store, [str(path)], read_instalments(store), Columns(caption="TEXT"))
+    other = tmp_path / "b.tsv"
+    other.write_text("url\tTEXT\nhttp://a/2\tanother tree\n")
+    assert would_grow(store, [str(other)], read_instalments(store), Columns(caption="TEXT"))
+    extend_plan(store, [str(other)], SMALL, FilterSettings(), Columns(caption="TEXT"))
+    assert [[file.columns for file in part.lists] for part in read_instalments(store)] == [
+        [Columns()],
+        [Columns(caption="TEXT")],
+    ]
 
 
 def test_a_changed_file_of_a_watched_folder_is_skipped_and_named_but_a_named_one_is_new(tmp_path: Path) -> None:
