@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.store import LocalStore, Store, open_store
@@ -117,6 +117,7 @@ def test_neither_names_nor_pieces_nor_the_order_of_lists_decide_who_asks(
 KEYS = st.integers(0, 9).map(lambda n: n * 0x1999_9999_9999_9999)
 
 
+@settings(deadline=None, max_examples=60)  # the first example pays for imports
 @given(
     rows=st.lists(st.tuples(KEYS, st.integers(0, 3)), max_size=60),
     earlier=st.lists(st.sets(KEYS), max_size=3),
