@@ -194,13 +194,13 @@ def test_a_dead_host_slows_nobody_and_its_rows_end_with_its_reason(tmp_path: Pat
         if kind == "refused":
             with socket.create_server(("127.0.0.1", 0)) as closed:
                 port = closed.getsockname()[1]
-        with fetcher(tmp_path, threads=8, retries=0, deadline_s=0.5) as asks:
+        with fetcher(tmp_path, threads=8, retries=0, deadline_s=1.5) as asks:
             start = time.monotonic()
             of_a = submitted(asks, [f"http://a.example:{port}/{i}" for i in range(400)])
             of_b = submitted(asks, [f"http://b.example:{b.port}/{i}" for i in range(100)])
             assert {row.result() for row in of_b} == {SUCCESS}
             assert {row.result() for row in of_a} == {"timeout" if kind == "silent" else "connect"}
-            assert time.monotonic() - start < 8, "400 rows, four at a time, half a second each, would be 50 s"
+            assert time.monotonic() - start < 30, "400 rows, four at a time, 1.5 seconds each, would be 150 s"
         silent.set()
         assert a.accepted <= 12 + 4
 
