@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def write_pairs(location: Path, bodies: Iterable[tuple[str, bytes]], rows: int =
                 known = {"key": key, "uid": pair_uid(url.encode(), b"").hex(), "url": url, "final_url": url}
                 known |= {"caption": "", "status": "success", "split": "train", "weight": 1.0}
                 known |= {"sha256": sha256(body), "dhash": dhash(picture), "jpg_size": len(jpeg)}
-                records.append(known | {"height": picture.shape[0], "width": picture.shape[1]})
+                known |= {"bytes_in": len(body), "original_width": header.width, "original_height": header.height}
+                known |= {"height": picture.shape[0], "width": picture.shape[1], "content_type": "image/png"}
+                records.append(known)
             offsets = write_tar(scratch / "tar", members)
             for record in records:
                 record["tar_offset"] = offsets[f"{record['key']}.jpg"]
@@ -156,7 +158,7 @@ def photographs(folder: Path | None, drawn: int) -> list[tuple[str, Pixels]]:
 def judged(
     pictures: Sequence[tuple[str, Pixels]], way: Callable[[Pixels], bytes] | None, place: Path
 ) -> tuple[set[str], list[tuple[str, str]], Cost]:
-    """(names whose copy was found, (name, name) of different pictures that matched, what it cost)."""
+    """(names whose copy was found, (name, name) of pictures under two names that matched, what it cost)."""
     bodies = [(name, png(picture)) for name, picture in pictures]
     if way:
         bodies += [(f"copy-{name}", way(picture)) for name, picture in pictures]
@@ -166,9 +168,18 @@ def judged(
     with timed("dedup", costs):
         deduplicate(str(place))
     matched = [(name_of[gone], name_of[stays]) for gone, stays in copies_of(place).items()]
-    found = {stays for gone, stays in matched if gone == f"copy-{stays}"}
-    origin = [tuple(name.removeprefix("copy-") for name in pair) for pair in matched]
-    return found, [(a, b) for a, b in origin if a != b], costs["dedup"]
+    origin = [(gone.removeprefix("copy-"), stays.removeprefix("copy-")) for gone, stays in matched]
+    own = {
+        name
+        for (gone, _), (name, of) in zip(matched, origin, strict=True)
+        if gone == f"copy-{name}" and (name == of or is_one_drawing(name, of, dict(pictures)))
+    }
+    return own, [(a, b) for a, b in origin if a != b], costs["dedup"]
+
+
+def is_one_drawing(a: str, b: str, pixels_of: Mapping[str, Pixels]) -> bool:
+    """Equal pixels, or shades of some pixels apart."""
+    return {a, b} in ONE_DRAWING or np.array_equal(pixels_of[a], pixels_of[b])
 
 
 def main() -> None:
@@ -193,14 +204,16 @@ def main() -> None:
         false_matches: list[tuple[str, str]] = []
         for number, (name, way) in enumerate({"each once": None, **WAYS}.items()):
             found, others, cost = judged(every, way, room / f"pairs-{number}")
-            alike = [(a, b) for a, b in others if {a, b} in ONE_DRAWING or np.array_equal(pixels_of[a], pixels_of[b])]
+            alike = [pair for pair in others if is_one_drawing(*pair, pixels_of)]
             wrong = sorted(set(others) - set(alike))
             shares = {kind: np.mean([one in found for one, _ in some]) for kind, some in kinds.items() if way and some}
             if name == "each once":
                 false_matches = wrong
                 print("one drawing under two names:", ", ".join(f"{a} = {b}" for a, b in sorted(alike)))
             recalls = ", ".join(f"{share:.4f} of {kind}s" for kind, share in shares.items())
-            print(f"{name:20} found {recalls or '-'}; {len(wrong)} false {wrong[:5]}; {cost['cpu']:.0f} CPU-s")
+            print(
+                f"{name:20} found {recalls or '-'}; {len(wrong)} false {wrong[:5]}; {cost['cpu']:.0f} CPU-s", flush=True
+            )
             ratios |= {f"recall {name} {kind}": float(share) for kind, share in shares.items()}
     print_last_line("dedup", where, ratios, false_matches=len(false_matches))
     good = all(share >= 0.99 for name, share in ratios.items() if "quality 50" in name)
