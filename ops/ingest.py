@@ -243,7 +243,9 @@ def _rows_of(
     """What becomes of these rows: pictures of an adopted folder are taken from it, the others are fetched."""
     rows = {} if task.adopted == "no" else take_adopted(table, asked, task.filters, spool, attempt)
     left = [i for i in asked if i not in rows]
-    if left and task.adopted == "only":
+    if not left:
+        return rows
+    if task.adopted == "only":
         raise StorageError(
             f"{table['adopted_from'][left[0]]}: {len(left)} of {len(asked)} pictures of shard {task.shard:05d} are not "
             "there any more, or not as they were looked at.",

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from tests.img2dataset_folder import (
     Folder,
     copy_of,
 )
-from tests.pairs import FILTERS, assert_conserved, pending, rows, statuses
+from tests.pairs import FILTERS, PICTURE, assert_conserved, pending, rows, statuses
 
 PLAN = PlanSettings(pairs_per_shard=40)
+THEIRS = replace(PICTURE, engine="img2dataset")
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def store(tmp_path: Path) -> LocalStore:
 def adopt(store: Store, path: str, lists: list[str], filters: FilterSettings = FILTERS) -> Adoption:
     """What `armchair adopt` does, without Prefect and Ray."""
     adoption = plan_adoption(store, look_at_folder(path), lists, PLAN, filters, Columns())
-    for task in pending(store, only_adopted=True, filters=filters):
+    for task in pending(store, only_adopted=True, filters=filters, picture=THEIRS):
         assert ingest_shard(task).state == "committed"
     return adoption
 

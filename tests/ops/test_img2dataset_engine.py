@@ -140,6 +140,10 @@ def test_a_disk_that_fails_once_fails_the_attempt_and_the_next_one_completes(
     assert_conserved(store, pairs)
 
 
+def test_a_shard_with_nothing_to_ask_for_commits(store: LocalStore, tmp_path: Path) -> None:
+    assert ingest(store, tmp_path, [("http://x/1.jpg", ""), ("http://x/2.jpg", "")]) == "committed"
+
+
 def test_an_outage_is_deferred(store: LocalStore, tmp_path: Path, web: DemoWeb) -> None:
     web.outage = True
     assert ingest(store, tmp_path, generated(web.url, range(6))) == "deferred"
