@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from ops.errors import UsageError
 
 LanguageModel = Literal["lid176", "gcld3"]
-LONGEST = 100
+LONGEST = 80
 """Characters that are looked at: the models' time grows with the text, and their certainty does not any more."""
 
 _UNKNOWN = "und"
@@ -37,8 +37,7 @@ def guess_languages(texts: Sequence[str], model: LanguageModel) -> list[Guess]:
     'de'
     """
     guess = _lid176() if model == "lid176" else _gcld3()
-    # Both models read one line: a line break ends what fastText sees.
-    return [guess(" ".join(text[:LONGEST].split())) for text in texts]
+    return [guess(text[:LONGEST].replace("\n", " ")) for text in texts]  # fastText reads one line
 
 
 @functools.cache
@@ -53,7 +52,7 @@ def _lid176() -> Callable[[str], Guess]:
     def guess(text: str) -> Guess:
         # The list that load_model's own `predict` builds around this call costs half as much as the call.
         ((probability, label),) = predict(f"{text}\n", 1, 0.0, "strict")
-        return Guess(label[9:], min(probability, 1.0))
+        return Guess(label[9:], probability if probability < 1 else 1.0)
 
     return guess
 
