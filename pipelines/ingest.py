@@ -48,6 +48,9 @@ def ingest(
         planned = extension.instalments
         tasks = pending_tasks(into, planned, fetch, picture, filters, outage, accept_partial=accept_partial)
         rows = sum(task.work_order.rows for task in tasks)
+        if tasks and not fetch.contact and not fetch.allow_private:  # not for one's own servers
+            hint = "--set fetch.contact=you@example.org"
+            print(f"ingest      webmasters can't reach you: {hint} puts it into each request", file=sys.stderr)
         with on_ray(cluster, board, into):
             tally = run_in_waves("ingest", into, tasks, lambda tick: ingest_shards(into, tasks, tick=tick), board, rows)
         lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}

@@ -15,6 +15,7 @@ import pytest
 from infra.store import open_store
 from ops.demo_web import serve
 from ops.errors import Incomplete, UsageError
+from ops.fetch import FetchSettings
 from ops.ingest import OutageSettings
 from ops.plan import Columns, PlanSettings
 from ops.status import status
@@ -84,6 +85,16 @@ def test_what_came_of_an_ingest_and_of_a_tokenizing_is_shown(tmp_path: Path, lea
     tokenize(str(learned.pairs), str(learned.tokenizer), tokens)
     state, artifacts = flow_runs(tokens)["tokenize"]
     assert (state, kinds(artifacts)) == ("Completed", common)
+
+
+def test_who_asks_the_web_without_a_contact_is_told_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.ingest import ingest
+
+    lists = write_list(tmp_path / "list.tsv", [("ftp://a.example/1.jpg", "a cat"), ("ftp://a.example/2.jpg", "a dog")])
+    for contact, times in (("", 1), ("you@example.org", 0)):
+        plan = replace(PLAN, pairs_per_shard=1)
+        ingest(lists, str(tmp_path / f"pairs{times}"), Columns(), plan, fetch=FetchSettings(contact=contact))
+        assert capsys.readouterr().err.count("--set fetch.contact=you@example.org") == times
 
 
 def test_a_training_shows_its_last_evaluation_and_its_last_sheet(learned: Learned) -> None:
