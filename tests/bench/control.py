@@ -52,6 +52,7 @@ from tests.bench.ingest import web
 from tests.bench.photographs import draw_photograph
 
 REPO = Path(__file__).parent.parent.parent
+PARTS = ("nothing", "whole", "straggler")
 SAMPLE_S = 1.0
 SETS = ("plan.pairs_per_shard=1", 'fetch.allow_private=["127.0.0.0/8"]', "fetch.deadline_s=120")
 SHORT_MS = 250
@@ -342,8 +343,7 @@ def measure_whole(server: Server, shards: int, cpus: int, scratch: Path) -> dict
     of_a_shard = sampler.of_a_shard(shards)
     control = sum(ms for role, ms in of_a_shard["cpu_ms"].items() if role not in ("workers", "web"))
     return {
-        "committed": told["shards"].get("committed", 0),
-        "kept": told["pairs"]["kept"],
+        "done": min(told["shards"].get("committed", 0), told["pairs"]["kept"]),
         "seconds": ended.wall_s,
         "plan_cpu_ms": 1000 * plan_cpu_s / shards,
         "instalment_bytes_a_shard": (pairs / "plan/part-0000.json").stat().st_size / shards,
@@ -421,6 +421,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.control")
     parser.add_argument("--shards", type=int, default=int(os.environ.get("SHARDS", "25000")))
     parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--straggler-s", type=float, default=60.0)
     parser.add_argument("--part", choices=("nothing", "straggler"), help=argparse.SUPPRESS)
     parser.add_argument("--into", help=argparse.SUPPRESS)
@@ -433,50 +434,50 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace, scratch: Path) -> int:
-    shards, cpus = arguments.shards, arguments.cpus
+    shards, cpus, parts = arguments.shards, arguments.cpus, arguments.parts
     where = device("ray", "prefect", "pyarrow")
     print(f"{where}\n{shards} shards of one row, {cpus} slots", flush=True)
+    told: dict[str, Any] = {"shards": shards, "slots": cpus}
+    ratios = {}
     with prefect_server(scratch) as server:
-        nothing = measure_nothing(server, shards, cpus, scratch)
-        print(
-            f"nothing    {nothing['wall_ms']:.2f} ms a shard, driver {nothing['driver_cpu_ms']:.2f} CPU-ms", flush=True
-        )
-        whole = measure_whole(server, shards, cpus, scratch)
-        _print_whole(whole, shards)
-        looks = measure_status(scratch / "pairs")
-        print(f"status     first {looks['first_s']:.1f} s, again {looks['again_s']:.1f} s", flush=True)
-        # Its shards wait and need no CPU: as many slots as show that the others go on.
-        straggler = measure_straggler(server, arguments.straggler_s, 4, scratch)
-        print(
-            f"straggler  {straggler['open_s']:.1f} s; beside it {straggler['others_busy']:.2f} of "
-            f"{straggler['slots'] - 1} slots were busy",
-            flush=True,
-        )
+        if "nothing" in parts:
+            nothing = told["nothing"] = measure_nothing(server, shards, cpus, scratch)
+            ratios["control_wall_budget_5ms"] = 5.0 / nothing["wall_ms"]
+            print(f"nothing    {nothing['wall_ms']:.2f} ms a shard, driver {nothing['driver_cpu_ms']:.2f} CPU-ms")
+            print(f"           Prefect: {_rows_text(nothing)}", flush=True)
+        if "whole" in parts:
+            whole = told["whole"] = measure_whole(server, shards, cpus, scratch)
+            ratios["control_cpu_budget_5ms"] = 5.0 / whole["control_cpu_ms"]
+            _print_whole(whole)
+            looks = told["status"] = measure_status(scratch / "pairs")
+            print(f"status     first {looks['first_s']:.1f} s, again {looks['again_s']:.1f} s", flush=True)
+        if "straggler" in parts:
+            # Its shards wait and need no CPU: as many slots as show that the others go on.
+            straggler = told["straggler"] = measure_straggler(server, arguments.straggler_s, 4, scratch)
+            busy = f"{straggler['others_busy']:.2f} of {straggler['slots'] - 1} slots were busy"
+            print(f"straggler  {straggler['open_s']:.1f} s; beside it {busy}", flush=True)
         server.settle()
-        lost = dropped(server.log.read_text()) + nothing.pop("dropped") + whole.pop("dropped")
-        left = server.open_runs()
+        lost, left = dropped(server.log.read_text()), server.open_runs()
+    lost += [line for part in ("nothing", "whole") if part in told for line in told[part]["dropped"]]
     for line in [*lost, *left]:
         print(f"lost       {line}", file=sys.stderr)
-    told = {"shards": shards, "slots": cpus, "nothing": nothing, "whole": whole, "status": looks}
-    ratios = {
-        "control_wall_budget_5ms": 5.0 / nothing["wall_ms"],
-        "control_cpu_budget_5ms": 5.0 / whole["control_cpu_ms"],
-    }
-    print_last_line("control", where, ratios, **told, straggler=straggler, lost_messages=lost, open_runs=left)
-    return 1 if lost or left or not nothing["done"] == whole["committed"] == whole["kept"] == shards else 0
+    done = [told[part]["done"] for part in ("nothing", "whole") if part in told]
+    print_last_line("control", where, ratios, **told, lost_messages=lost, open_runs=left)
+    return 1 if lost or left or any(count != shards for count in done) else 0
 
 
-def _print_whole(whole: dict[str, Any], shards: int) -> None:
+def _rows_text(part: dict[str, Any]) -> str:
+    return f"{part['prefect_rows']} rows of runs ({part['task_runs']} task runs), {part['event_rows']} of events"
+
+
+def _print_whole(whole: dict[str, Any]) -> None:
     of = whole["of_a_shard"]
     roles = ", ".join(f"{role} {ms:.2f}" for role, ms in sorted(of["cpu_ms"].items()))
     print(f"whole      {of['wall_ms']:.2f} ms a shard; CPU-ms: {roles}; control {whole['control_cpu_ms']:.2f}")
     for role, told in sorted(whole["memory"].items()):
         grown = f"{told['mb_per_10000_shards']:+.1f} MB for 10,000 shards"
         print(f"           memory of {role}: {told['began_mb']:.0f} MB, then {told['ended_mb']:.0f} MB ({grown})")
-    print(
-        f"           Prefect: {whole['prefect_rows']} rows of runs ({whole['task_runs']} task runs), "
-        f"{whole['event_rows']} of events"
-    )
+    print(f"           Prefect: {_rows_text(whole)}")
     print(f"           planning {whole['plan_cpu_ms']:.2f} CPU-ms a shard; all {whole['seconds']:.0f} s", flush=True)
 
 
