@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from prefect import flow, task
@@ -51,7 +52,7 @@ def ingest(
         if tasks and not fetch.contact and not fetch.allow_private:  # not for one's own servers
             hint = "--set fetch.contact=you@example.org"
             print(f"ingest      webmasters can't reach you: {hint} puts it into each request", file=sys.stderr)
-        with on_ray(cluster, board, into):
+        with on_ray(cluster, board, into) if tasks else nullcontext():
             tally = run_in_waves("ingest", into, tasks, lambda tick: ingest_shards(into, tasks, tick=tick), board, rows)
         lists_left = {"changed": extension.changed, "passed_over": extension.passed_over}
         told: dict[str, Any] = end_state("ingest", into, tally, board, extension.changed, lists=lists_left)
@@ -74,7 +75,7 @@ def rerun(
         recipe = read_json(open_store(pairs), RECIPE)["identity"]
         picture, filters = PictureSettings(**recipe["picture"]), FilterSettings(**recipe["filters"])
         tasks = rerun_tasks(pairs, fetch, picture, filters, outage, again=again, shards=shards)
-        with on_ray(cluster, board, pairs):
+        with on_ray(cluster, board, pairs) if tasks else nullcontext():
             tally = run_in_waves("rerun", pairs, tasks, lambda tick: ingest_shards(pairs, tasks, tick=tick), board)
         told: dict[str, Any] = end_state("rerun", pairs, tally, board)
     return told

@@ -107,10 +107,11 @@ def run_in_waves(
     rows: int | None = None,
 ) -> Tally:
     """Does the tasks by `work` on the connected Ray, one Prefect task for each wave of them. `rows`: of all tasks."""
-    total, size = len(tasks), wave_size(cluster_cpus())
+    total = len(tasks)
     tally, store = Tally(total), open_store(location)
-    if not total:
+    if not total:  # no Ray is there then
         return tally
+    size = wave_size(cluster_cpus())
     board.progress(0.0, f"0/{total} shards")
     with Progress(stage, always=True, show=board.progress) as progress:
 
