@@ -66,6 +66,9 @@ def _ended(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[in
         ("ingest good.tsv --into new --set fetch.retries=-1", 2, r"fetch\.retries.*greater than or equal to 0"),
         ("ingest good.tsv --into new --set picture.jpeg_quality=high", 2, r"picture\.jpeg_quality.*integer"),
         ("ingest good.tsv --into new --preset laptob", 2, r"no preset 'laptob'.*Did you mean laptop\?"),
+        ("adopt nowhere --into new", 2, r"nowhere holds no shard of img2dataset's.*--output_format webdataset"),
+        ("adopt . none.tsv --into new", 2, r"holds no shard of img2dataset's"),
+        ("adopt good.tsv --into new", 2, r"good\.tsv is a file.*a directory is needed"),
         ("ingest good.tsv --into good.tsv", 2, r"good\.tsv is a file.*Name another"),
         ("ingest good.tsv --into good.tsv/pairs", 2, r"good\.tsv is a file.*Name another"),
         (
