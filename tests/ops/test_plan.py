@@ -42,7 +42,7 @@ BY_NAME = Columns()
 
 
 def write_tsv(path: Path, start: int, count: int) -> Path:
-    rows = [f"http://host{n % 7}.example/{n}.jpg\tpicture number {n}\n" for n in range(start, start + count)]
+    rows = [f"http://host{n % 7}.example/{n}.jpg\ta boat with {n} sails\n" for n in range(start, start + count)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("url\tcaption\n" + "".join(rows))
     return path
