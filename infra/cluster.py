@@ -19,6 +19,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # A time series for each name of a task, and ours name their shard: 30 kB a shard in the driver, for ever.
+    "RAY_enable_metrics_collection": "0",
     "OPENCV_IO_MAX_IMAGE_PIXELS": "100000000",  # the second line against picture bombs, behind filters.max_pixels
     "NO_ALBUMENTATIONS_UPDATE": "1",
 }
