@@ -55,14 +55,32 @@ def connect(cluster: Cluster) -> Iterator[str | None]:
     A local Ray ends with the outermost `with`; a cluster that was joined goes on. Joining ships the repo as
     `working_dir`, so that `from ops.fetch import fetch` means the same on every node.
     """
+    handler = signal.getsignal(signal.SIGTERM)
+    is_handled = callable(handler) and threading.current_thread() is threading.main_thread()
+    is_connected, came = False, False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    # ray.init puts a handler of its own in place, and one of C that aborts with a dump of the stack. And of what a
+    # handler may raise while Ray waits only this one exception comes out of it for sure. So SIGTERM is Ctrl-C as long
+    # as Ray is there, and then what it was before: the signal is sent once more.
     try:
         with _connected(cluster) as dashboard:
+            is_connected = True
+            if is_handled:
+                signal.signal(signal.SIGTERM, interrupt)
             yield dashboard
-    except SystemError as error:
-        # What a signal's handler raises while Ray waits comes out of it as this.
-        if error.__cause__ is None or isinstance(error.__cause__, Exception):
-            raise
-        raise error.__cause__ from None
+    except SystemExit:
+        came = came or not is_connected  # how Ray's handler leaves, if the signal comes while it starts
+        raise
+    finally:
+        if is_handled:
+            signal.signal(signal.SIGTERM, handler)
+            if came:
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -79,51 +97,32 @@ def _connected(cluster: Cluster) -> Iterator[str | None]:
     if cluster.address is None:
         # A short path: Ray's socket names must stay under 107 characters.
         with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
-            with _our_sigterm():
-                context = ray.init(
-                    address="local",
-                    num_cpus=cluster.cpus,
-                    include_dashboard=cluster.dashboard,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    object_store_memory=256 << 20,
-                    _temp_dir=scratch,
-                    runtime_env={"env_vars": {**environment, "PYTHONPATH": str(REPO)}},
-                )
+            context = ray.init(
+                address="local",
+                num_cpus=cluster.cpus,
+                include_dashboard=cluster.dashboard,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=256 << 20,
+                _temp_dir=scratch,
+                runtime_env={"env_vars": {**environment, "PYTHONPATH": str(REPO)}},
+            )
             try:
                 yield _http(context.dashboard_url)
             finally:
                 ray.shutdown()
         return
     excludes = [".git", ".venv", "runs", "tests", "docs", "*.parquet", "*.tar"]
-    with _our_sigterm():
-        context = ray.init(
-            address=cluster.address,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"working_dir": str(REPO), "excludes": excludes, "env_vars": environment},
-        )
+    context = ray.init(
+        address=cluster.address,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"working_dir": str(REPO), "excludes": excludes, "env_vars": environment},
+    )
     try:
         yield _http(context.dashboard_url)
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _our_sigterm() -> Iterator[None]:
-    """Who handled SIGTERM goes on to: ray.init puts handlers of Python and of C in its place, and the second one aborts
-    the process with a dump of its stack, before anybody can say how to go on."""
-    handler = signal.getsignal(signal.SIGTERM)
-    is_ours = callable(handler) and threading.current_thread() is threading.main_thread()
-    try:
-        yield
-    except SystemExit:  # how Ray's handler leaves, if the signal comes while it starts
-        if is_ours:
-            signal.signal(signal.SIGTERM, handler)
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise
-    if is_ours:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def _http(url: str | None) -> str | None:
