@@ -245,7 +245,7 @@ def test_bad_parameters_of_the_command_line_are_refused_in_words(prefect: Prefec
 
 
 def test_a_schedule_fires_ends_like_the_command_and_is_alone(prefect: Prefect, night: Night) -> None:
-    first = night.add("a.tsv", range(24), delay_ms=1500)
+    first = night.add("a.tsv", range(24), delay_ms=800)
     nightly = prefect.deployment("nightly")
     rule = {"schedule": {"interval": 30}, "active": True, "parameters": night.parameters()}
     (schedule,) = prefect.ask(f"/deployments/{nightly['id']}/schedules", [rule])
@@ -265,8 +265,11 @@ def test_a_schedule_fires_ends_like_the_command_and_is_alone(prefect: Prefect, n
     artifacts = prefect.ask("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
     assert {row["type"] for row in artifacts} == {"progress", "markdown"}
     assert any("24 judged, 24 kept" in str(row["data"]) for row in artifacts)
-    logs = prefect.ask("/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
-    assert any("3/3 shards" in row["message"] for row in logs), "what a terminal would show stands in the run's log"
+    of_run = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
+    wait_for(
+        "what a terminal would show stands in the run's log",
+        lambda: any("3/3 shards" in row["message"] for row in prefect.ask("/logs/filter", of_run)),
+    )
 
 
 def test_growth_is_collected_and_a_server_that_is_killed_meanwhile_costs_nothing(

@@ -214,19 +214,19 @@ def test_a_bug_of_ours_that_one_picture_meets_costs_one_row_and_leaves_its_trace
 def test_rerun_asks_only_for_transient_rows_and_copies_what_was_kept_byte_for_byte(
     store: LocalStore, tmp_path: Path, web: DemoWeb
 ) -> None:
-    healing = [(f"{web.url}/hostile/heals_later/{i}", f"a shy picture {i}") for i in range(5)]
+    healing = [(f"{web.url}/hostile/heals_later/{i}", f"a shy picture, number {i}") for i in range(12)]
     others = [(f"{web.url}/hostile/{kind}/1", f"a caption of {kind}") for kind in ("missing", "corrupt")]
-    pairs = [*generated(web.url, range(20)), *healing, *others]
-    plan(store, tmp_path / "list.tsv", pairs, pairs_per_shard=9)
+    pairs = [*generated(web.url, range(26)), *healing, *others]  # 30 % are 503, and heal
+    plan(store, tmp_path / "list.tsv", pairs, pairs_per_shard=20)
     run_here(store)
     first = read_receipts(store)
     before, kept_before = web.counts(), kept_bytes(store)
-    assert sum(receipt.rejected.get("http_5xx", 0) for receipt in first.values()) == 5
+    assert sum(receipt.rejected.get("http_5xx", 0) for receipt in first.values()) == 12
 
     while tasks := reruns(store):  # heals_later: three 503 in all, two requests a run
         assert {ingest_shard(task).state for task in tasks} == {"committed"}
     asked = {path for path, count in web.counts().items() if count > before[path]}
-    assert asked == {f"/hostile/heals_later/{i}" for i in range(5)}
+    assert asked == {f"/hostile/heals_later/{i}" for i in range(12)}
     assert_conserved(store, pairs)
     assert all(statuses(store)[url] == "success" for url, _ in healing)
     after = kept_bytes(store)
