@@ -13,7 +13,7 @@ ORDINARY = (
     """a red apple on a wooden table|Nike Air Max 90 white|iPhone 12 Pro Max silicone case|Boeing 747-8 in flight
 Huawei P30 Pro|P-51 Mustang over Duxford, 2014|1965 Ford Mustang|MG B GT 1972|Canon EOS R5 mirrorless camera
 a calendar for May 2014 with kittens|view of the old town|view from the window|See the northern lights in Norway
-a photo of a dog|photograph of two children on a beach, 1952|a picture frame on a white wall|an image of the moon|the big picture 2005|a shy picture 10
+a photo of a dog|photograph of two children on a beach, 1952|a picture frame on a white wall|an image of the moon
 stock market chart|a stock pot on a stove|livestock in a barn|royalty free of all pomp: the queen at home
 a button to click|a man clicks a stopwatch|zoom lens|the enlarged heart of a bird|an open book|save the whales poster
 Photo booth at a wedding|photographer in the snow|logo of a coffee shop|company logo with a blue whale|a blank page
@@ -23,7 +23,7 @@ the copyright sign|a source of light|via Appia near Rome|a courtesy car|Next Gen
 portrait of Jane Doe, taken in her garden in spring|the May queen|April showers|a march in June|Friday market
 Image Comics issue 12, the cover with a dragon|figure skater|figure 8 knot|slide in a playground|alt rock band on stage
 old stone bridge over a quiet river at dawn - click to enlarge|a red kite over the hills of Wales, stock photo
-Young woman in a red coat crossing the road © Jane Doe|sunset over the harbour of Hamburg, uploaded on 12 May 2014
+a shy picture 10|Young woman in a red coat crossing the road © Jane Doe|sunset over the harbour of Hamburg, uploaded on 12 May 2014
 """.replace("\n", "|")
     .strip("|")
     .split("|")
