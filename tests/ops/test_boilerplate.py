@@ -23,7 +23,8 @@ the copyright sign|a source of light|via Appia near Rome|a courtesy car|Next Gen
 portrait of Jane Doe, taken in her garden in spring|the May queen|April showers|a march in June|Friday market
 Image Comics issue 12, the cover with a dragon|figure skater|figure 8 knot|slide in a playground|alt rock band on stage
 old stone bridge over a quiet river at dawn - click to enlarge|a red kite over the hills of Wales, stock photo
-a shy picture 10|Young woman in a red coat crossing the road © Jane Doe|sunset over the harbour of Hamburg, uploaded on 12 May 2014
+Young woman in a red coat crossing the road © Jane Doe|sunset over the harbour of Hamburg, uploaded on 12 May 2014
+a shy picture 10
 """.replace("\n", "|")
     .strip("|")
     .split("|")
