@@ -151,7 +151,7 @@ class Board:
         except Exception as error:  # whatever Prefect or its server does, the work goes on
             if not self._has_warned:
                 told = f"{type(error).__name__} {error}".strip()
-                print(f"{self.stage:<12}Prefect shows less: {told[:200]}. The work goes on.", file=sys.stderr)
+                print(f"{self.stage:<11} Prefect shows less: {told[:200]}. The work goes on.", file=sys.stderr)
             self._has_warned = True
 
     def _send(self, artifact: ArtifactCreate, client: SyncPrefectClient) -> None:

@@ -43,7 +43,7 @@ def bury_dead_runs(client: SyncPrefectClient, own: UUID, stage: str) -> None:
             continue
         who = f"process {run.labels[PID]} on {run.labels[HOST]}"
         client.set_flow_run_state(run.id, Crashed(message=f"{who} is gone. What it committed stays; run it again."))
-        print(f"{stage:<12}Prefect's run {run.name} was left by {who}: it is Crashed now", file=sys.stderr, flush=True)
+        print(f"{stage:<11} Prefect's run {run.name} was left by {who}: it is Crashed now", file=sys.stderr, flush=True)
 
 
 def _is_dead(run: FlowRun, silent_s: float) -> bool:

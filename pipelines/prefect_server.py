@@ -50,7 +50,7 @@ def run_flow(flow: Flow[..., T], *arguments: Any, **named: Any) -> T:
         address = get_current_settings().api.url or "of this command"
         if ended:
             text = f"Prefect's server {address} does not answer ({type(error).__name__}) and was not told the end."
-            print(f"{flow.name:<12}{text} The work is done.", file=sys.stderr, flush=True)
+            print(f"{flow.name:<11} {text} The work is done.", file=sys.stderr, flush=True)
             result = ended[0].result() if isinstance(ended[0], State) else ended[0]
             return result
         raise StorageError(
