@@ -9,9 +9,8 @@ from typing import Any
 
 from prefect import flow, task
 
-from infra.cluster import Cluster
+from infra.cluster import Cluster, Place
 from infra.metrics import Cost, timed
-from ops.jobs import Place
 from ops.plan import Columns
 from ops.report import write_run_report
 from pipelines.artifacts import Board

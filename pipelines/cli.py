@@ -505,7 +505,7 @@ def _cluster(cpus: int | None) -> Cluster:
 
 
 def _place(workers: int, gpu: bool) -> Any:
-    from ops.jobs import Place
+    from infra.cluster import Place
 
     return Place(workers, gpu=gpu)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from prefect import flow
 
-from infra.cluster import Cluster
+from infra.cluster import Cluster, Place
 from infra.store import open_store
 from models.dvae import DvaeSettings
 from models.sampling import SampleSettings
 from models.transformer import TransformerSettings
-from ops.jobs import Job, Place, TokenizerTrainSettings, TransformerTrainSettings
+from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings
 from ops.run_record import read_run
 from ops.training import Trained, prepare, train
 from pipelines.artifacts import Board

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from infra.cluster import Place
 from infra.store import open_store
-from ops.jobs import Job, Place, Worker
+from ops.jobs import Job, Worker
 from ops.run_record import claim_run, end_run, read_run, read_runs
 from ops.trained import latest_checkpoint
 from ops.training import prepare, train_here

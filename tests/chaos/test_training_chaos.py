@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.jobs import Place
+from infra.cluster import Place
 from ops.training import train_here
 from tests.small_runs import (
     TOKENIZER_TRAINING,
