@@ -114,7 +114,8 @@ class Writer:
                     self._check_owner()
                     time.sleep(LOOK_S)
                 said = json.loads(self._store.read(self._word(step, rank)))
-                refs[said.pop("name")] = FileRef(**said)
+                name = said.pop("name")
+                refs[name] = FileRef(**said)
             for rank in range(1, self._worker.world):
                 self._store.delete(self._word(step, rank))
             return refs
@@ -132,7 +133,7 @@ def restore(store: Store, checkpoint: Checkpoint, spread: Spread, tensors: Tenso
     if not parts or any(name.count(f"-of-{len(parts):04d}.") == 0 for name in parts):
         raise DamagedArtifact(place, "the parts of all ranks", ", ".join(parts) or "none")
     earlier = Worker(world=len(parts))
-    needed = sorted({part for name in spread.shapes for part in _overlaps(earlier, spread, name)})
+    needed = sorted({part for name in spread.shapes for part in overlaps(earlier, spread, name)})
 
     def read(index: int) -> dict[str, Tensor]:
         name = parts[needed[index]]
@@ -143,15 +144,16 @@ def restore(store: Store, checkpoint: Checkpoint, spread: Spread, tensors: Tenso
             found = loaded.take()
             for kind, named in tensors.items():
                 for name, tensor in named.items():
-                    if part in (overlaps := _overlaps(earlier, spread, name)):
-                        first, (begin, end) = earlier.part(spread.shapes[name][0], part)[0], overlaps[part]
-                        mine = begin - spread.rows(name)[0]
-                        if f"{kind}/{name}" not in found:
-                            raise DamagedArtifact(f"{place}/{parts[part]}", f"{kind} of {name}", "nothing of it")
-                        tensor[mine : mine + end - begin].copy_(found[f"{kind}/{name}"][begin - first : end - first])
+                    if part not in (needs := overlaps(earlier, spread, name)):
+                        continue
+                    if (rows := found.get(f"{kind}/{name}")) is None:
+                        raise DamagedArtifact(f"{place}/{parts[part]}", f"{kind} of {name}", "nothing of it")
+                    (begin, end), here = needs[part], spread.rows(name)[0]
+                    there = earlier.part(spread.shapes[name][0], part)[0]
+                    tensor[begin - here : end - here].copy_(rows[begin - there : end - there])
 
 
-def _overlaps(earlier: Worker, spread: Spread, name: str) -> dict[int, tuple[int, int]]:
+def overlaps(earlier: Worker, spread: Spread, name: str) -> dict[int, tuple[int, int]]:
     """Part -> the rows of a weight that this rank needs of it."""
     first, stop = spread.rows(name)
     found = {}

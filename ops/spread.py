@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ops.jobs import Worker
 
@@ -34,10 +36,10 @@ class Spread:
         self.is_sharded = worker.sharded and worker.world > 1
         model, has_source = self.skeleton(), any(worker.gather(source is not None))
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if worker.recompute:
-            model.recompute = True  # type: ignore[assignment]
-        if worker.compile:
-            for block in blocks(model):
+        for block in blocks(model):
+            if worker.recompute:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if worker.compile:
                 block.compile()
         if self.is_sharded:
             self._shard(model, blocks(model), precision)
@@ -116,6 +118,7 @@ class Spread:
         for part in model.modules():
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)  # sums, not means
+                part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     @torch.no_grad()
     def _share(self, source: nn.Module | None) -> None:
@@ -170,15 +173,17 @@ def _materialise(model: nn.Module, device: str) -> None:
 
 
 def _data_parallel(model: nn.Module, worker: Worker) -> nn.Module:
+    data_parallel = nn.parallel.DistributedDataParallel
+    # Buffers are masks, equal everywhere: nothing to be sent with each step.
+    buffers = [name for name, _ in model.named_buffers()]
+    data_parallel._set_params_and_buffers_to_ignore_for_model(model, buffers)  # type: ignore[no-untyped-call]
     device_ids = [torch.cuda.current_device()] if worker.device == "cuda" else None
-    parallel = nn.parallel.DistributedDataParallel(
-        model, device_ids, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
-    )
-    parallel.register_comm_hook(None, _sum)
+    parallel = data_parallel(model, device_ids, init_sync=False, gradient_as_bucket_view=True)
+    parallel.register_comm_hook(None, lambda state, bucket: _sum(bucket))
     return parallel
 
 
-def _sum(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum(bucket: Any) -> torch.futures.Future[Tensor]:
     """Sums a bucket of gradients over ranks: the objective is a sum, divided by its count over all ranks."""
     work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
     summed: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])

@@ -8,6 +8,7 @@ digests of an undisturbed run that stopped there.
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import random
 import signal
@@ -22,7 +23,7 @@ from infra.store import open_store
 from ops.jobs import Job, Worker
 from ops.run_record import claim_run, end_run, read_run, read_runs
 from ops.trained import latest_checkpoint
-from ops.training import prepare, train_here
+from ops.training import prepare
 from ops.training_loop import run_loop
 from tests.kills import Driver, is_alive, kill
 
@@ -162,30 +163,30 @@ def _check(target: Target) -> None:
         assert after["from_step"] >= met.committed, "what was committed was done again"
         assert killed.get("step", 0) - after["from_step"] <= every, "more than one interval was done again"
     undisturbed = Target(replace(target.job, into=f"{target.job.into}-undisturbed"), target.place)
-    train_undisturbed(undisturbed.job, target.place.workers, target.committed)
+    train_undisturbed(undisturbed.job, target.place, target.committed)
     assert undisturbed.committed == target.committed
     assert undisturbed.digests() == target.digests()
 
 
-def train_undisturbed(job: Job, workers: int, steps: int) -> None:
-    """Trains without Ray and without a kill, in this process or in one for each rank, and stops after `steps`."""
-    if workers == 1:
-        train_here(job, threads=1, stop_after=steps)
-        return
+def train_undisturbed(job: Job, place: Place, steps: int) -> None:
+    """Trains without Ray and without a kill, in a process for each rank, and stops after `steps` of this call."""
     import torch.multiprocessing as processes
 
     prepare(job)
     run = claim_run(open_store(job.into))
-    meeting = Path(f"{job.into}.meeting")
-    processes.spawn(_rank, (job, workers, run, steps, str(meeting)), nprocs=workers)
+    meeting = Path(f"{job.into}.meeting-{run}")
+    multiprocessing.set_forkserver_preload(["ops.training_loop", "torch.distributed.fsdp"])  # imported once for all
+    args = (job, place, run, steps, str(meeting))
+    processes.start_processes(_rank, args, nprocs=place.workers, start_method="forkserver")
     end_run(open_store(job.into), run, "stopped")
 
 
-def _rank(rank: int, job: Job, workers: int, run: int, steps: int, meeting: str) -> None:
+def _rank(rank: int, job: Job, place: Place, run: int, steps: int, meeting: str) -> None:
     from torch import distributed
 
-    distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
-    run_loop(job, Worker(rank, workers, threads=1), run, stop_after=steps)
+    distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=place.workers)
+    how = {name: getattr(place, name) for name in ("sharded", "accumulate", "recompute", "compile")}
+    run_loop(job, Worker(rank, place.workers, threads=1, **how), run, stop_after=steps)
     distributed.destroy_process_group()
 
 
