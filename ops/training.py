@@ -94,6 +94,9 @@ def _check_place(job: Job, place: Place) -> None:
             f"dvae.usage is {job.model.usage}: it is a statistic of a whole batch, which --accumulate splits.",
             "Leave --accumulate out and take more --workers, or --set dvae.usage=0",
         )
+    for name in ("workers", "threads", "accumulate"):
+        if (count := getattr(place, name)) is not None and count < 1:
+            raise UsageError(f"--{name} is {count}.", "Give 1 or more.")
     if place.most_workers is not None and place.most_workers < place.workers:
         raise UsageError(
             f"--most-workers {place.most_workers} is less than --workers {place.workers}.",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from infra.cluster import Cluster, quiet_environment
+from infra.cluster import Cluster, Place, quiet_environment
 
 if TYPE_CHECKING:
     from pipelines.settings import Settings
@@ -90,8 +90,7 @@ Json = Annotated[bool, Parameter(negative="", help="Print one JSON object and no
 Cpus = Annotated[int | None, Parameter(help="CPUs of a local Ray; default: all. Ignored with RAY_ADDRESS.")]
 UrlCol = Annotated[str, Parameter(help="Column of the lists that holds URLs.")]
 CaptionCol = Annotated[str, Parameter(help="Column of the lists that holds captions.")]
-Workers = Annotated[int, Parameter(help="Training processes.")]
-Gpu = Annotated[bool, Parameter(negative="", help="Train on GPUs, one for each worker.")]
+Placed = Annotated[Place, Parameter(name="*", negative_bool="")]
 Seed = Annotated[int, Parameter(help="Another seed gives other models and pictures.")]
 
 
@@ -123,8 +122,7 @@ def build(
     url_col: UrlCol = "url",
     caption_col: CaptionCol = "caption",
     cpus: Cpus = None,
-    workers: Workers = 1,
-    gpu: Gpu = False,
+    place: Placed = Place(),
     json: Json = False,
 ) -> None:
     """The whole way: ingest, train the tokenizer, tokenize, train the transformer, write the report."""
@@ -136,7 +134,7 @@ def build(
         return
     from pipelines.build import build as flow
 
-    told = _run(flow, list(lists), into, settings, columns, _cluster(cpus), _place(workers, gpu))
+    told = _run(flow, list(lists), into, settings, columns, _cluster(cpus), place)
     _say(told, json, f"finished: {told['report']}")
 
 
@@ -378,8 +376,7 @@ def tokenizer(
     preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
-    workers: Workers = 1,
-    gpu: Gpu = False,
+    place: Placed = Place(),
     json: Json = False,
 ) -> None:
     """Train the discrete VAE on pictures."""
@@ -387,7 +384,7 @@ def tokenizer(
     from pipelines.train import train_tokenizer as flow
 
     s = _settings(preset, sets)
-    told = _run(flow, pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), _place(workers, gpu))
+    told = _run(flow, pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), place)
     _say(told, json, show_trained(told))
 
 
@@ -416,8 +413,7 @@ def transformer(
     preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
-    workers: Workers = 1,
-    gpu: Gpu = False,
+    place: Placed = Place(),
     json: Json = False,
 ) -> None:
     """Train the transformer on captions and codes."""
@@ -425,9 +421,7 @@ def transformer(
     from pipelines.train import train_transformer as flow
 
     s = _settings(preset, sets)
-    told = _run(
-        flow, tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), _place(workers, gpu)
-    )
+    told = _run(flow, tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), place)
     _say(told, json, show_trained(told))
 
 
@@ -502,12 +496,6 @@ def _settings_beside(stage: str) -> str | None:
 
 def _cluster(cpus: int | None) -> Cluster:
     return Cluster(dashboard=True) if cpus is None else Cluster(cpus=cpus, dashboard=True)
-
-
-def _place(workers: int, gpu: bool) -> Any:
-    from infra.cluster import Place
-
-    return Place(workers, gpu=gpu)
 
 
 def _columns(url: str, caption: str) -> Any:

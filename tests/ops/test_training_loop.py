@@ -192,4 +192,6 @@ def test_what_cannot_be_split_is_refused_before_anything_starts(learned: Learned
         train(_job(learned, "tokenizer", tmp_path / "into"), Place(accumulate=2))
     with pytest.raises(UsageError, match="--most-workers 1 is less than --workers 2"):
         train(_job(learned, "tokenizer", tmp_path / "into"), Place(workers=2, most_workers=1))
+    with pytest.raises(UsageError, match="--accumulate is 0"):
+        train(_job(learned, "transformer", tmp_path / "into"), Place(accumulate=0))
     assert not (tmp_path / "into").exists()
