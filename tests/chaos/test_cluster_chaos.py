@@ -46,7 +46,7 @@ def test_a_node_that_is_lost_in_each_stage_leaves_no_trace(
 ) -> None:
     seaweedfs_server.use(monkeypatch)
     run = Run(f"s3://{BUCKET}/{secrets.token_hex(4)}")
-    with serve(tmp_path) as web, three_nodes(environment=seaweedfs_server.environment, cpus=2) as cluster:
+    with serve(tmp_path) as web, three_nodes(environment=seaweedfs_server.environment) as cluster:
         pairs = generated(web.url, range(120), delay_ms=200)
         table = tmp_path / "list.tsv"
         table.write_text("".join(f"{url}\t{caption}\n" for url, caption in [("url", "caption"), *pairs]))
