@@ -178,7 +178,7 @@ def _objective(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
 
 
 def counted_flops(settings: ModelSettings, *, backward: bool = True) -> int:
-    """FLOPs of matrix products and convolutions in a pass over one picture, as torch counts them: attention dense."""
+    """FLOPs of linear layers and convolutions in a pass over one picture, as torch counts them; attention is not in."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, AliveBytes(), torch.set_grad_enabled(backward):
         objective = _objective(_model(settings), _batch(settings, 1))
         if backward:
@@ -356,17 +356,14 @@ class Sizes:
             items["scores"] = scored
         return items
 
-    def least_gpus(self, limit: float) -> int | None:
-        """The smallest power of two of GPUs on which one picture at a time fits, sharded and recomputed."""
+    def least_gpus(self, limit: float) -> dict[str, int | None]:
+        """The smallest power of two of GPUs that train it, sharded, recomputed and one picture at a time; and that also
+        score its checkpoints. None: no number does, for what each of them holds whole does not fit."""
         one = self.pass_bytes(1, recompute=self.can_recompute)
-        for gpus in (1 << n for n in range(MOST_GPUS.bit_length())):
-            needed = max(sum(self.items(gpus, sharded=True).values()) + one, self._evaluated(gpus))
-            if needed <= limit:
-                return gpus
-        return None
-
-    def _evaluated(self, gpus: int) -> float:
-        return sum(self.evaluation(gpus, sharded=True).values())
+        numbers = [1 << n for n in range(MOST_GPUS.bit_length())]
+        trains = [n for n in numbers if sum(self.items(n, sharded=True).values()) + one <= limit]
+        scores = [n for n in trains if sum(self.evaluation(n, sharded=True).values()) <= limit]
+        return {"training": min(trains, default=None), "all": min(scores, default=None)}
 
     @property
     def can_recompute(self) -> bool:
@@ -390,10 +387,13 @@ def estimate(
     transformer_training: TransformerTrainSettings,
     gpus: int,
     kind: str,
-    mfu: float = MFU,
+    mfu: float | None = None,
 ) -> dict[str, Any]:
-    """Both trainings on `gpus` GPUs of a kind (a key of `GPUS`, in any case). Raises UsageError for others."""
-    name, card = gpu(kind)
+    """Both trainings on `gpus` GPUs of a kind (a key of `GPUS`, in any case); `mfu` is `MFU` unless given.
+
+    Raises UsageError for another kind, with the nearest name.
+    """
+    (name, card), mfu = gpu(kind), MFU if mfu is None else mfu
     if gpus < 1 or not 0.0 < mfu <= 1.0:
         raise UsageError(f"{gpus} GPUs at an MFU of {mfu:g}:", "at least one GPU, and an MFU above 0, at most 1.")
     tokenizer = Sizes(dvae, tokenizer_training)
@@ -453,7 +453,7 @@ def _told(sizes: Sizes, gpus: int, card: Gpu, mfu: float) -> dict[str, Any]:
         "ways": ways,
         "evaluation": evaluations,
         "fits": fits,
-        "least_gpus": None if fits else sizes.least_gpus(limit),
+        "least_gpus": sizes.least_gpus(limit),
     }
 
 

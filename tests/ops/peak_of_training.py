@@ -2,8 +2,8 @@
 
     python -m tests.ops.peak_of_training JSON
 
-JSON: {"model": "dvae" or "transformer", "settings": {…}, "pictures": of a part, "recompute": …, "device": …}. On a CPU the
-process's resident memory, less what it was before the model; on a GPU what torch's allocator gave out.
+JSON: {"model": "dvae" or "transformer", "settings": {…}, "pictures": of a part, "recompute": …, "device": …}. On a CPU
+the process's resident memory, less what it was before the model; on a GPU what torch's allocator gave out.
 """
 
 from __future__ import annotations
@@ -69,7 +69,15 @@ def main() -> None:
     print((torch.cuda.max_memory_allocated() if what["device"] == "cuda" else resident("VmHWM")) - before)
 
 
-SMALL = {"text_positions": 4, "text_vocabulary": 300, "grid": 2, "image_vocabulary": 8, "width": 8, "layers": 3, "heads": 1}
+SMALL = {
+    "text_positions": 4,
+    "text_vocabulary": 300,
+    "grid": 2,
+    "image_vocabulary": 8,
+    "width": 8,
+    "layers": 3,
+    "heads": 1,
+}
 
 if __name__ == "__main__":
     main()
