@@ -224,6 +224,26 @@ def forecast(
     _say(told, json, show_forecast(told))
 
 
+@app.command(sort_key=3)
+def estimate(
+    *preset: Annotated[str, Parameter(help="Presets or TOML files, later over earlier.", completer=_presets)],
+    gpus: Annotated[int, Parameter(help="GPUs that train together.")] = 1,
+    kind: Annotated[str, Parameter(help="V100, A100, H100, H200 or B200.")] = "H100",
+    mfu: Annotated[float | None, Parameter(help="Share of the GPU's bf16 rate that is used; default: 0.35.")] = None,
+    sets: Sets = (),
+    json: Json = False,
+) -> None:
+    """Parameters, FLOPs, memory of a GPU and days of both trainings of a preset, before a GPU is rented."""
+    from ops.estimate import estimate as foresee
+    from pipelines.progress import Progress
+    from pipelines.show import show_estimate
+
+    s = _settings(preset, sets)
+    with Progress("estimate"):
+        told = foresee(s.dvae, s.tokenizer_training, s.transformer, s.transformer_training, gpus, kind, mfu)
+    _say(told, json, show_estimate(told))
+
+
 @app.command(sort_key=4)
 def status(
     directory: Annotated[str, Parameter(help="Directory of pairs, of tokens, of a trained model, or of a whole run.")],
