@@ -42,6 +42,8 @@ class TrainSettings:
     schedule: Shape = "half_cosine"
     """How the rate falls: half a cosine; not at all; "wsd", constant and then linear over the last fifth; or "plateau",
     halved whenever the mean loss between checkpoints stops falling (the paper's, App. B.2)."""
+    plateau_patience: Count = 3
+    """Checkpoints in a row without a lower mean loss after which "plateau" halves the rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5_000
     """Updates of linear warm-up."""
     decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import keep_compiled_forms
 from ops.jobs import Worker
 
 Build = Callable[[], nn.Module]
@@ -36,13 +37,15 @@ class Spread:
         self.is_sharded = worker.sharded and worker.world > 1
         model, has_source = self.skeleton(), any(worker.gather(source is not None))
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        for block in blocks(model):
-            if worker.recompute:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            if worker.compile:
-                block.compile()
+        for block in blocks(model) if worker.recompute else ():
+            # Inside of what FSDP2 wraps: a block's shares are put together once for its backward pass, not twice.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         if self.is_sharded:
             self._shard(model, blocks(model), precision)
+        if worker.compile:
+            keep_compiled_forms()
+        for block in blocks(model) if worker.compile else ():
+            block.compile()
         _materialise(model, worker.device)
         self.model = model
         self.weights = {name: _own(parameter) for name, parameter in model.named_parameters()}

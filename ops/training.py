@@ -141,6 +141,8 @@ def _run(job: Job) -> Iterator[int]:
 def identity(job: Job) -> dict[str, Any]:
     """What decides the weights, for the stage's recipe, under the names of the settings' sections."""
     training = {name: value for name, value in asdict(job.training).items() if name not in NOT_IDENTITY}
+    if job.training.schedule == "plateau":  # which looks at the means between checkpoints
+        training["checkpoint_every"] = job.training.checkpoint_every
     model = "dvae" if job.kind == "tokenizer" else "transformer"
     return {model: asdict(job.model), f"{job.kind}_training": training}
 

@@ -16,7 +16,7 @@ import math
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 from infra.store import Store, open_store
 from models.ema import Ema
 from models.optimizer import parameter_groups
-from models.schedules import learning_rate
+from models.schedules import learning_rate, plateau_halvings
 from ops.checkpoints import Tensors, Writer, restore
 from ops.errors import DamagedArtifact, Diverged
 from ops.jobs import Job, TrainSettings, Worker
@@ -43,7 +43,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class _Run:
-    """What the parts of the loop share on one rank. `rows` are the metrics since the last checkpoint (rank 0)."""
+    """What the parts of the loop share on one rank. `rows` are the metrics since the last checkpoint (rank 0), `losses`
+    those of its updates, and `interval_losses` the means of all intervals before."""
 
     job: Job
     worker: Worker
@@ -54,12 +55,13 @@ class _Run:
     ema: Ema | None
     writer: Writer
     heart: Heartbeat | None
-    last_good: int | None
-    cursor: int
-    updates: int
-    losses: list[float]
     begun_cpu_s: float
-    rows: list[dict[str, Any]]
+    last_good: int | None = None
+    cursor: int = 0
+    updates: int = 0
+    losses: list[float] = field(default_factory=list)
+    interval_losses: list[float] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def published(self) -> dict[str, Tensor]:
@@ -109,9 +111,7 @@ def run_loop(job: Job, worker: Worker, run: int, stop_after: int | None = None) 
         optimizer = _optimizer(spread, settings, worker)
         ema = Ema(spread.weights, settings.ema, settings.ema_every, settings.ema_warmup) if settings.ema else None
         writer = Writer(store, run, worker, settings.keep_checkpoints, owns)
-        this = _Run(
-            job, worker, store, learning, spread, optimizer, ema, writer, heart, None, 0, 0, [], begun_cpu_s, []
-        )
+        this = _Run(job, worker, store, learning, spread, optimizer, ema, writer, heart, begun_cpu_s)
         if checkpoint is not None:
             _restore(this, checkpoint)
         ranks = worker.gather(f"{socket.gethostname()}:{os.getpid()}")
@@ -283,11 +283,12 @@ def _pass(
 
 
 def _rate(this: _Run, step: int) -> float:
-    return rate(this.job.training, step)
+    training = this.job.training
+    return rate(training, step, plateau_halvings(this.interval_losses, training.plateau_patience))
 
 
-def rate(settings: TrainSettings, step: int) -> float:
-    """The learning rate of update `step` (0-based)."""
+def rate(settings: TrainSettings, step: int, halvings: int = 0) -> float:
+    """The learning rate of update `step` (0-based); `halvings` are the plateaus met so far, for that schedule."""
     return learning_rate(
         step,
         peak=settings.learning_rate,
@@ -295,6 +296,7 @@ def rate(settings: TrainSettings, step: int) -> float:
         steps=max(1, round(settings.decay_share * settings.steps)),
         warmup_steps=settings.warmup_steps,
         shape=settings.schedule,
+        halvings=halvings,
     )
 
 
@@ -343,7 +345,8 @@ def _write(this: _Run, step: int) -> None:
     finite = torch.stack([weight.isfinite().all() for weight in spread.weights.values()]).all()
     if worker.sum((~finite).float().reshape(1)).item():
         raise Diverged(this.job.into, step, this.last_good)
-    this.losses[:] = [sum(this.losses) / len(this.losses)] if this.losses else []
+    this.interval_losses.append(sum(this.losses) / len(this.losses))
+    this.losses = []
     replica = spread.replica(this.published, settings.precision)
     evaluation = _evaluate(this, step, replica)
     _doing(this.heart, "draws its sheet")
@@ -359,7 +362,11 @@ def _write(this: _Run, step: int) -> None:
         "cursor": step * settings.batch,
         "rows": [*this.rows, evaluation],
         "sheet": sheet,
-        "state": {"updates": this.updates, "averagings": this.ema.averagings if this.ema else 0},
+        "state": {
+            "updates": this.updates,
+            "averagings": this.ema.averagings if this.ema else 0,
+            "interval_losses": list(this.interval_losses),
+        },
         "made_with": made_with(worker),
     }
     this.writer.begin(step, spread, this.tensors, model, this.learning.about, commit)
@@ -376,6 +383,7 @@ def _restore(this: _Run, checkpoint: Checkpoint) -> None:
         raise DamagedArtifact(place, f"step {checkpoint.step} of {batch} positions", f"the cursor {checkpoint.cursor}")
     restore(this.store, checkpoint, this.spread, this.tensors)
     this.last_good, this.cursor, this.updates = checkpoint.step, checkpoint.cursor, checkpoint.state["updates"]
+    this.interval_losses = list(checkpoint.state["interval_losses"])
     for state in this.optimizer.state.values():
         state["step"].fill_(this.updates)
     if this.ema is not None:

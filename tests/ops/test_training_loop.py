@@ -13,8 +13,9 @@ import torch
 
 from infra.cluster import Place
 from infra.store import open_store
+from models.schedules import plateau_halvings
 from ops.checkpoints import overlaps
-from ops.errors import UsageError
+from ops.errors import RecipeChanged, UsageError
 from ops.jobs import Job, Worker
 from ops.shards import read_receipts
 from ops.takedown import drop
@@ -27,7 +28,7 @@ from ops.trained import (
     read_checkpoint_file,
     read_metrics,
 )
-from ops.training import train
+from ops.training import train, train_here
 from tests.ops.conftest import Learned
 from tests.small_runs import (
     TOKENIZER_TRAINING,
@@ -171,6 +172,24 @@ def test_bf16_learns_what_fp32_learns_and_keeps_its_weights_in_fp32(
         for file in checkpoint.files:
             tensors, _ = load_weights(read_checkpoint_file(open_store(str(tmp_path / name)), checkpoint, file), file)
             assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_the_rate_is_halved_on_a_plateau_and_a_resume_knows_of_it(learned: Learned, tmp_path: Path) -> None:
+    """A rate of almost nothing learns nothing: each interval that the batches make no easier is a plateau."""
+    changed = {"schedule": "plateau", "plateau_patience": 1, "checkpoint_every": 2, "log_every": 1, "warmup_steps": 0}
+    changed |= {"learning_rate": 1e-9, "final_learning_rate": 1e-11, "evaluate_pictures": 0}
+    jobs = [_job(learned, "transformer", tmp_path / name, **changed) for name in ("stopped", "undisturbed")]
+    train_here(jobs[0], threads=1, stop_after=9)
+    for job in jobs:
+        train_here(job, threads=1)
+    rows = [row for row in read_metrics(open_store(jobs[0].into)) if row["kind"] == "train"]
+    means = [(a["loss"] + b["loss"]) / 2 for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    halvings = [plateau_halvings(means[:interval], 1) for interval in range(10)]
+    assert halvings[-1] > 1
+    assert [row["learning_rate"] for row in rows[::2]] == [max(1e-11, 1e-9 * 0.5**times) for times in halvings]
+    assert _digests(tmp_path / "stopped") == _digests(tmp_path / "undisturbed")
+    with pytest.raises(RecipeChanged, match="checkpoint_every: was 2, now 3"):  # it decides the weights now
+        train_here(_job(learned, "transformer", tmp_path / "stopped", **changed | {"checkpoint_every": 3}))
 
 
 @pytest.mark.parametrize(("was", "now"), [(1, 3), (3, 1), (2, 3), (5, 2)])
