@@ -7,9 +7,7 @@ be split over workers. May not live here: optimizers, checkpoints, Ray.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -24,9 +22,9 @@ from models.sampling import sample
 from models.schedules import half_cosine
 from models.text import CaptionTokenizer, train_bpe
 from models.transformer import Transformer, TransformerSettings
-from ops.errors import DamagedArtifact, UsageError
+from ops.decoding import Decoders, Stored
+from ops.errors import UsageError
 from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings, Worker
-from ops.pictures import decode_stored, tokenizer_crop
 from ops.reader import Codes, Reader, Row, codes_reader, pictures_reader
 from ops.recipes import sha256
 from ops.seeds import derived_seed, derived_share
@@ -74,18 +72,11 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
     settings, training = job.model, _tokenizer_training(job)
     dvae = _seeded(lambda: Dvae(settings), training.seed).to(worker.device)
     reader = pictures_reader(open_store(job.source), snapshot, training.seed)
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // worker.world), thread_name_prefix="decode")
+    decoders = Decoders.of_rank(job.source, settings.image_size, worker.world)
 
     def images(rows: Sequence[Row[bytes]], *, crop: bool, flip: bool) -> Tensor:
-        def pixels(row: Row[bytes]) -> Any:
-            rng = np.random.default_rng(derived_seed("crop", training.seed, row.position))
-            try:
-                picture = decode_stored(row.payload)
-            except ValueError as error:
-                raise DamagedArtifact(f"{job.source}, picture {row.uid}", "a sound JPEG", str(error)) from error
-            return tokenizer_crop(picture, settings.image_size, rng, crop=crop, flip=flip)
-
-        return images_of(np.stack(list(pool.map(pixels, rows))))
+        pictures = [Stored(row.uid, row.payload, derived_seed("crop", training.seed, row.position)) for row in rows]
+        return images_of(decoders.crops(pictures, crop=crop, flip=flip))
 
     def batch(start: int, stop: int) -> tuple[Tensor, list[int]] | None:
         rows = list(reader.rows(start, stop))
