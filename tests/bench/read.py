@@ -15,9 +15,11 @@ libraries' own decoders are slower. A worker of the first three is one process o
 has as many tasks of a kind at a time as there are workers, on any CPU, and does not shuffle rows (both in its favour).
 
     pictures/s      of all workers together, from the first demand to the last batch; processes are there before
+    CPU-ms          of all processes of a side for each picture; that of Ray's at rest is in it
     first batch     seconds until the slowest worker has it: part of the above
     waited          share of the time that steps of fixed length waited for their batch, after the first one
-    ratios          of pictures/s, ours to theirs: `webdataset` and `ray_data` are the lowest of the numbers of workers
+    ratios          of CPU for each picture, theirs to ours, as in all benchmarks: the lowest of the numbers of workers;
+                    `wall_ratios` of the time of a round (medians of pairs of rounds), which others on the machine sway
 
 The exit status is 1 if a side gave another number of pictures.
 """
@@ -25,6 +27,7 @@ The exit status is 1 if a side gave another number of pictures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import statistics
@@ -40,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.harness import Measured, OwnProcess, alternate, device, print_last_line
+from tests.bench.harness import Measured, OwnProcess, alternate, cpu_s, device, print_last_line
 from tests.bench.photographs import SIZES, draw_photograph
 
 BATCH = 32
@@ -189,7 +192,7 @@ def webdataset(pairs: Path, rank: int, world: int, step_s: float) -> Taken:
     return taken(iter(loader), step_s, begun_s)
 
 
-def ray_data(pairs: Path, world: int, step_s: float) -> list[Taken]:
+def ray_data(pairs: Path, world: int, step_s: float) -> Measured:
     import ray
 
     def crops(batch: dict[str, Any]) -> dict[str, Any]:
@@ -210,13 +213,34 @@ def ray_data(pairs: Path, world: int, step_s: float) -> list[Taken]:
     paths = sorted(str(path) for path in (pairs / "data").glob("*.tar"))
     dataset = ray.data.read_webdataset(
         paths, decoder=None, fileselect=["*.jpg"], shuffle="files", concurrency=world
-    ).map_batches(crops, batch_size=BATCH, concurrency=world)
+    ).map_batches(crops, batch_size=BATCH, compute=ray.data.TaskPoolStrategy(size=world))
     consumers = [ray.remote(num_cpus=0)(Consumer).remote() for _ in range(world)]
+    ray.get([consumer.__ray_ready__.remote() for consumer in consumers])
+    begun_s, begun_cpu_s = time.perf_counter(), descendants_cpu_s()
     splits = dataset.streaming_split(world, equal=False)
     found = ray.get([consumer.take.remote(split) for consumer, split in zip(consumers, splits, strict=True)])
+    turn = Measured(found, descendants_cpu_s() - begun_cpu_s, time.perf_counter() - begun_s)
     for consumer in consumers:
         ray.kill(consumer)
-    return found
+    return turn
+
+
+def descendants_cpu_s() -> float:
+    """CPU of all processes below this one, and of their children that ended: Ray's, while the other sides are idle."""
+    parents, used_s = {}, {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended while we looked
+                fields = (place / "stat").read_text().rpartition(")")[2].split()
+                parents[int(place.name)] = int(fields[1])
+                used_s[int(place.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    total_s = 0.0
+    for pid in used_s:
+        above = parents.get(pid)
+        while above not in (None, os.getpid()):
+            above = parents.get(above)
+        total_s += used_s[pid] if above else 0.0
+    return total_s
 
 
 def codes(tokens: Path) -> int:
@@ -270,16 +294,11 @@ class Sides:
         wall_s = time.perf_counter() - begun_s
         return Measured([turn.made for turn in each], sum(turn.cpu_s for turn in each), wall_s)
 
-    def of_ray(self, world: int, step_s: float) -> Measured:
-        """Ray Data; its processes' CPU is not known here."""
-        begun_s = time.perf_counter()
-        return Measured(ray_data(self._pairs, world, step_s), float("nan"), time.perf_counter() - begun_s)
-
     def at(self, world: int, step_s: float, has_webdataset: bool) -> dict[str, Callable[[], Measured]]:
         sides: dict[str, Callable[[], Measured]] = {
             "ours": lambda: self.of_processes(ours, world, step_s, 0),
             "ours, children": lambda: self.of_processes(ours, world, step_s, 1),
-            "ray_data": lambda: self.of_ray(world, step_s),
+            "ray_data": lambda: ray_data(self._pairs, world, step_s),
         }
         if has_webdataset:
             sides["webdataset"] = lambda: self.of_processes(webdataset, world, step_s)
@@ -306,9 +325,10 @@ def main() -> int:
     arguments = parser.parse_args()
     where, has_webdataset = device(*PACKAGES), importlib.util.find_spec("webdataset") is not None
     print(where)
-    rates: dict[str, dict[str, float]] = {}
-    waited: dict[str, dict[str, float]] = {}
-    pictures, wrong = arguments.shards * SHARD_ROWS, 0
+    told: dict[str, dict[str, dict[str, float]]] = {}
+    ratios: dict[str, dict[str, float]] = {}
+    wall_ratios: dict[str, dict[str, float]] = {}
+    pictures, wrong = arguments.shards * SHARD_ROWS, False
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         pairs, tokens = Path(scratch) / "pairs", Path(scratch) / "tokens"
         jpegs = stored_photographs(arguments.drawn)
@@ -318,27 +338,30 @@ def main() -> int:
         )
         _start_ray(stack)
         sides = Sides(stack, pairs, max(arguments.workers))
-        print(
-            f"{'workers':8}{'':16}{'pictures/s':>11}  (lowest - highest){'first batch s':>15}{'waited':>9}{'load':>7}"
-        )
+        head = f"{'pictures/s':>11}{'(lowest - highest)':>20}{'CPU-ms':>8}{'first s':>9}{'waited':>9}"
+        print(f"{'workers':8}{'':16}{head}")
         for world in arguments.workers:
             turns = alternate(sides.at(world, 0.0, has_webdataset), arguments.rounds)
             stepped = {name: side() for name, side in sides.at(world, arguments.step_ms / 1000, has_webdataset).items()}
             for name, rounds in turns.items():
-                for turn in (*rounds, stepped[name]):
-                    if (given := sum(one.pictures for one in turn.made)) != pictures:
-                        print(f"{name} at {world} gave {given} of {pictures} pictures", file=sys.stderr)
-                        wrong = 1
+                wrong |= any(given(turn) != pictures for turn in (*rounds, stepped[name]))
                 each = [pictures / turn.wall_s for turn in rounds]
-                first_s = statistics.median(max(one.first_s for one in turn.made) for turn in rounds)
-                share = float(np.mean([one.waited_share for one in stepped[name].made]))
-                rates.setdefault(name, {})[str(world)] = statistics.median(each)
-                waited.setdefault(name, {})[str(world)] = share
+                found = {
+                    "pictures_per_s": statistics.median(each),
+                    "cpu_ms": 1000 * cpu_s(rounds) / pictures,
+                    "first_s": statistics.median(max(one.first_s for one in turn.made) for turn in rounds),
+                    "waited_share": float(np.mean([one.waited_share for one in stepped[name].made])),
+                }
+                told.setdefault(name, {})[str(world)] = found
                 print(
-                    f"{world:<8}{name:16}{statistics.median(each):11.0f}  ({min(each):.0f} - {max(each):.0f})".ljust(56)
-                    + f"{first_s:14.2f}{100 * share:7.1f} %{os.getloadavg()[0]:7.1f}",
-                    flush=True,
+                    f"{world:<8}{name:16}{found['pictures_per_s']:11.0f}{f'({min(each):.0f} - {max(each):.0f})':>20}"
+                    f"{found['cpu_ms']:8.2f}{found['first_s']:9.2f}{100 * found['waited_share']:7.1f} %"
                 )
+                ours_and_it = zip(turns["ours"], rounds, strict=True)
+                wall = statistics.median(turn.wall_s / mine.wall_s for mine, turn in ours_and_it)
+                wall_ratios.setdefault(name, {})[str(world)] = wall
+                ratios.setdefault(name, {})[str(world)] = cpu_s(rounds) / cpu_s(turns["ours"])
+            print(f"{'':8}load average {os.getloadavg()[0]:.1f}", flush=True)
         write_tokens(tokens, 8, arguments.codes // 8)
         begun_s = time.perf_counter()
         assert codes(tokens) == 2 * arguments.codes
@@ -346,22 +369,17 @@ def main() -> int:
         print(
             f"codes: {codes_per_s:,.0f} rows of {CODES} a second, one worker, two epochs, the first of which verifies"
         )
-    each_ratio = {
-        name: {world: rates["ours"][world] / rate for world, rate in rates[name].items()}
-        for name in ("webdataset", "ray_data")
-        if name in rates
-    }
-    ratios = {name: min(of.values()) for name, of in each_ratio.items()}
-    print_last_line(
-        "read",
-        where,
-        ratios,
-        ratios_by_workers=each_ratio,
-        pictures_per_s=rates,
-        waited_share=waited,
-        codes_rows_per_s=codes_per_s,
-    )
-    return wrong
+    if wrong:
+        print(f"a side gave another number of pictures than {pictures}: the ratios mean nothing", file=sys.stderr)
+    lowest = {name: min(of.values()) for name, of in ratios.items() if name in ("webdataset", "ray_data")}
+    more = {"ratios_by_workers": ratios, "wall_ratios": wall_ratios, "sides": told, "codes_rows_per_s": codes_per_s}
+    print_last_line("read", where, lowest, **more)
+    return int(wrong)
+
+
+def given(turn: Measured) -> int:
+    """The pictures that all workers had together."""
+    return sum(one.pictures for one in turn.made)
 
 
 def _start_ray(stack: ExitStack) -> None:
