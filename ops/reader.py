@@ -39,6 +39,10 @@ WINDOW_GROUPS: dict[Kind, int] = {"pictures": 16, "codes": 64}
 """Groups whose rows are permuted together in training, W: those of two windows are in memory."""
 LOADERS = 4
 """Groups that are read at once: a bucket answers in tens of milliseconds, and a group takes some requests."""
+GAP_BYTES = 256 << 10
+"""So many bytes that nobody asked for are read along: a bucket sends them in the time that it takes to answer."""
+SHARE_OF = 6
+"""A larger share of a batch than a sixth saves nothing: so many pictures of 50 kB are GAP_BYTES."""
 
 _CROP = Group._fields.index("crop")
 _SPLITS = {split: Group._fields.index(split) for split in (TRAIN, HELD_OUT)}
@@ -136,6 +140,30 @@ def _permutation(n: int, *owners: int | str) -> Indices:
     return np.argsort(np.random.PCG64(derived_seed("order", *owners)).random_raw(n), kind="stable")
 
 
+class Share(NamedTuple):
+    """What one rank takes of each batch: the positions p with begin <= p % batch < end."""
+
+    batch: int
+    begin: int
+    end: int
+
+    @classmethod
+    def of_rank(cls, batch: int, rank: int, world: int) -> Share:
+        """Contiguous parts that differ by one rank's at most; of a small batch the last ranks have none.
+
+        >>> [Share.of_rank(10, rank, 4)[1:] for rank in range(4)]
+        [(0, 3), (3, 6), (6, 9), (9, 10)]
+        """
+        part = -(-batch // world)
+        return cls(batch, min(rank * part, batch), min((rank + 1) * part, batch))
+
+    def holds(self, positions: Indices) -> Flags:
+        """For each position, whether it is of this part."""
+        within = positions % self.batch
+        found: Flags = (self.begin <= within) & (within < self.end)
+        return found
+
+
 class Row(NamedTuple, Generic[T]):
     """One pair: `payload` is its codes [N] (uint16) or its stored JPEG. `position` is -1 when read in file order."""
 
@@ -207,7 +235,8 @@ class Files:
             self._checked.add(ref.key)
 
 
-Load = Callable[[Files, PinnedShard, Group, Snapshot, str, Drops], LoadedGroup[T]]
+Load = Callable[[Files, PinnedShard, Group, Snapshot, str, Drops, Indices | None], LoadedGroup[T]]
+"""The rows of a group that are selected; the last one says which of them are needed, None: all."""
 
 
 class Reader(Generic[T]):
@@ -217,8 +246,17 @@ class Reader(Generic[T]):
     memory, whatever the size of the data. A group is read once a window, however few of its rows are asked for.
     """
 
-    def __init__(self, store: Store, snapshot: Snapshot, seed: int, window_groups: int, load: Load[T]) -> None:
-        self.snapshot = snapshot
+    def __init__(
+        self,
+        store: Store,
+        snapshot: Snapshot,
+        seed: int,
+        window_groups: int,
+        load: Load[T],
+        share: Share | None = None,
+    ) -> None:
+        """`share` is a promise that spares bytes: other positions are given too, but nothing of them is read ahead."""
+        self.snapshot, self._share = snapshot, share
         self._files, self._load = Files(store), load
         tables = [shard.groups.table for shard in snapshot.shards]
         table = np.concatenate(tables)
@@ -228,7 +266,7 @@ class Reader(Generic[T]):
         self._groups = [(shards[mask], table[mask]) for mask in of_crop]
         self._order = Order(self._groups[0][1][:, _SPLITS[TRAIN]], seed, window_groups)
         self._drops = read_drops(store)
-        self._loaded: dict[tuple[int, int], Future[LoadedGroup[T]]] = {}
+        self._loaded: dict[tuple[int, ...], Future[LoadedGroup[T]]] = {}
         self._ahead_of: tuple[int, int] | None = None
         self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="read")
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
@@ -248,7 +286,7 @@ class Reader(Generic[T]):
             groups, rows = self._order.places(window, start, min(stop, window.stop))
             self._read_ahead(window)
             for position, index, row in zip(itertools.count(start), groups.tolist(), rows.tolist(), strict=False):
-                group = self._group(window.epoch % self.snapshot.crops, index)
+                group = self._group(window, index)
                 # `weight` thins by hash: over many epochs a row of weight 1/3 is seen in a third of them.
                 if group.is_down[row] or (
                     group.weights is not None
@@ -280,32 +318,47 @@ class Reader(Generic[T]):
         if self._ahead_of == (window.epoch, window.number):
             return
         self._ahead_of = (window.epoch, window.number)
-        wanted = [
-            (each.epoch % self.snapshot.crops, group)
-            for each in (window, self._order.window(window.stop))
-            for group in each.groups.tolist()
-            if self._groups[0][1][group, _SPLITS[TRAIN]]
-        ]
-        for key in self._loaded.keys() - set(wanted):
+        wanted: dict[tuple[int, ...], tuple[int, int, Indices | None]] = {}
+        for each in (window, self._order.window(window.stop)):
+            needed = self._needed(each)
+            for group in each.groups.tolist():
+                if self._groups[0][1][group, _SPLITS[TRAIN]]:
+                    crop = each.epoch % self.snapshot.crops
+                    wanted[self._key(each, group)] = (crop, group, None if needed is None else needed[group])
+        for key in self._loaded.keys() - wanted.keys():
             self._loaded.pop(key).cancel()
-        for key in wanted:
+        for key, (crop, group, rows) in wanted.items():
             if key not in self._loaded:
-                self._loaded[key] = self._submit(*key, TRAIN)
+                self._loaded[key] = self._submit(crop, group, TRAIN, rows)
 
-    def _group(self, crop: int, index: int) -> LoadedGroup[T]:
-        if (crop, index) not in self._loaded:  # it failed before, or two `rows` take turns in different windows
-            self._loaded[crop, index] = self._submit(crop, index, TRAIN)
+    def _needed(self, window: Window) -> dict[int, Indices] | None:
+        """Group -> its rows in our share of a window, ascending."""
+        if self._share is None:
+            return None
+        groups, rows = self._order.places(window, window.start, window.stop)
+        is_ours = self._share.holds(np.arange(window.start, window.stop))
+        return {group: np.sort(rows[is_ours & (groups == group)]) for group in window.groups.tolist()}
+
+    def _key(self, window: Window, group: int) -> tuple[int, ...]:
+        # Whole groups serve a window of the next epoch as well, where all data fits into a few windows.
+        crop = window.epoch % self.snapshot.crops
+        return (crop, group) if self._share is None else (crop, group, window.epoch, window.number)
+
+    def _group(self, window: Window, index: int) -> LoadedGroup[T]:
+        key = self._key(window, index)
+        if key not in self._loaded:  # it failed before, or two `rows` take turns in different windows
+            self._loaded[key] = self._submit(window.epoch % self.snapshot.crops, index, TRAIN)
         try:
-            return self._loaded[crop, index].result()
+            return self._loaded[key].result()
         except BaseException:
-            del self._loaded[crop, index]
+            del self._loaded[key]
             raise
 
-    def _submit(self, crop: int, index: int, split: str) -> Future[LoadedGroup[T]]:
+    def _submit(self, crop: int, index: int, split: str, rows: Indices | None = None) -> Future[LoadedGroup[T]]:
         shards, groups = self._groups[crop]
         shard, group = self.snapshot.shards[shards[index]], Group._make(groups[index].tolist())
         # Not a method of ours, which would keep this reader, and its threads, alive.
-        return self._pool.submit(self._load, self._files, shard, group, self.snapshot, split, self._drops)
+        return self._pool.submit(self._load, self._files, shard, group, self.snapshot, split, self._drops, rows)
 
 
 def codes_reader(
@@ -322,14 +375,26 @@ def codes_reader(
 
 
 def pictures_reader(
-    store: Store, snapshot: Snapshot, seed: int, window_groups: int = WINDOW_GROUPS["pictures"]
+    store: Store,
+    snapshot: Snapshot,
+    seed: int,
+    window_groups: int = WINDOW_GROUPS["pictures"],
+    share: Share | None = None,
 ) -> Reader[bytes]:
-    """Reads stored JPEGs of a snapshot of PAIRS."""
-    return Reader(store, snapshot, seed, window_groups, _load_pictures)
+    """Reads stored JPEGs of a snapshot of PAIRS. With a `share` a rank of many reads its own pictures, not all."""
+    if share is not None and (share.end - share.begin) * SHARE_OF > share.batch:
+        share = None  # its pictures lie so near to each other that what is between them is read along
+    return Reader(store, snapshot, seed, window_groups, _load_pictures, share)
 
 
 def _load_codes(
-    files: Files, shard: PinnedShard, group: Group, snapshot: Snapshot, split: str, drops: Drops
+    files: Files,
+    shard: PinnedShard,
+    group: Group,
+    snapshot: Snapshot,
+    split: str,
+    drops: Drops,
+    needed: Indices | None,
 ) -> LoadedGroup[Codes]:
     table = files.table(shard.files["parquet"], ["uid", "caption", "split", "weight", "codes", *snapshot.where], group)
     table = table.filter(selection(table, snapshot.where, split)).combine_chunks()
@@ -340,30 +405,43 @@ def _load_codes(
 
 
 def _load_pictures(
-    files: Files, shard: PinnedShard, group: Group, snapshot: Snapshot, split: str, drops: Drops
+    files: Files,
+    shard: PinnedShard,
+    group: Group,
+    snapshot: Snapshot,
+    split: str,
+    drops: Drops,
+    needed: Indices | None,
 ) -> LoadedGroup[bytes]:
     columns = ["uid", "caption", "status", "split", "weight", "tar_offset", "jpg_size", *snapshot.where]
     table = files.table(shard.files["parquet"], list(dict.fromkeys([*columns, *drops.columns])), group)
     table = table.filter(selection(table, snapshot.where, split))
     tar = shard.files["tar"]
     files.check_size(tar)
-    if not table.num_rows:
-        return LoadedGroup(*_common(table, drops), payload=lambda row: b"")
-    offsets, sizes = table["tar_offset"].to_numpy(), table["jpg_size"].to_numpy()
-    base, end = int(offsets[0]), int(offsets[-1] + sizes[-1])
-    # Pictures of a group lie side by side, one read; a few held-out ones among many are read one by one.
-    is_dense = end - base < 4 * int(sizes.sum()) + (1 << 16)
-    block = files.store.read_range(tar.key, base, end - base) if is_dense else None
+    offsets, sizes = (table[name].to_numpy() for name in ("tar_offset", "jpg_size"))
+    blocks: dict[int, tuple[int, bytes]] = {}  # row -> where the bytes begin in the tar that hold its JPEG, and they
+    for rows in _side_by_side(offsets, sizes, np.arange(table.num_rows) if needed is None else needed):
+        base, end = int(offsets[rows[0]]), int(offsets[rows[-1]] + sizes[rows[-1]])
+        blocks |= dict.fromkeys(rows.tolist(), (base, files.store.read_range(tar.key, base, end - base)))
 
     def payload(row: int) -> bytes:
         at, size = int(offsets[row]), int(sizes[row])
-        jpeg = block[at - base : at - base + size] if block else files.store.read_range(tar.key, at, size)
+        base, block = blocks[row] if row in blocks else (at, files.store.read_range(tar.key, at, size))
+        jpeg = block[at - base : at - base + size]
         if not jpeg.startswith(JPEG_START):
             place = f"{files.store.location}/{tar.key}"
             raise DamagedArtifact(place, f"a JPEG of {size} bytes at {at}", "something else")
         return jpeg
 
     return LoadedGroup(*_common(table, drops), payload=payload)
+
+
+def _side_by_side(offsets: Indices, sizes: Indices, rows: Indices) -> list[Indices]:
+    """The rows in runs that are read in one go: what lies between two of them costs less than another request."""
+    if not len(rows):
+        return []
+    between = offsets[rows[1:]] - (offsets + sizes)[rows[:-1]]
+    return np.split(rows, np.flatnonzero(between > GAP_BYTES) + 1)
 
 
 def _common(table: Any, drops: Drops) -> tuple[Any, Any, np.ndarray[Any, np.dtype[np.float64]] | None, Flags]:

@@ -23,7 +23,7 @@ import ops.seeds
 from infra.store import Store, open_store
 from ops.drops import add_drops, drop_rows, url_hash
 from ops.errors import DamagedArtifact, StorageError
-from ops.reader import Order, Prefetch, codes_reader, pictures_reader
+from ops.reader import Order, Prefetch, Share, codes_reader, pictures_reader
 from ops.recipes import sha256
 from ops.seeds import derived_share
 from ops.shards import FileRef, read_receipts
@@ -223,6 +223,54 @@ def test_while_a_window_is_given_the_next_one_is_read_and_no_more(make_pairs: Ma
     list(reader.rows(first.stop, first.stop + 1))
     _idle(reader)
     assert len(read) == 6
+
+
+class _Ranges:
+    """A store that notes what is read of tars."""
+
+    def __init__(self, pairs: Path) -> None:
+        self._store, self.read_bytes, self.requests = open_store(str(pairs)), 0, 0
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        self.read_bytes, self.requests = self.read_bytes + length, self.requests + 1
+        return self._store.read_range(key, start, length)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_rank_of_many_reads_its_own_pictures_and_not_those_of_others(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = make_pairs(shards=4, rows=60)
+    monkeypatch.setattr(ops.reader, "GAP_BYTES", 0)
+    snapshot = take_snapshot(open_store(str(pairs)), "pictures", {})
+    one = [*_pictures(pairs).rows(0, 320)]
+    everything = sum(len(row.payload) for row in one)
+    together, most = [], 0
+    stores = [_Ranges(pairs) for _ in range(8)]
+    for rank, store in enumerate(stores):
+        share = Share.of_rank(32, rank, 8)
+        reader = pictures_reader(store, snapshot, 0, share=share)  # type: ignore[arg-type]
+        for start in range(0, 320, 32):
+            together += reader.rows(start + share.begin, start + share.end)
+        _idle(reader)
+        most = max(most, store.read_bytes)
+    assert sorted(together) == sorted(one)
+    ahead = 2 * reader.rows_per_epoch / 320  # up to the end of the window after the last one, here an epoch each
+    assert most < 1.6 * ahead * everything / 8
+    # What is not of the share can be had as well: pictures that the model is initialised on.
+    assert [*reader.rows(0, 64)] == one[:64]
+
+
+def test_pictures_that_lie_near_each_other_are_one_request(make_pairs: MakePairs) -> None:
+    pairs = make_pairs(shards=1, rows=60)
+    store = _Ranges(pairs)
+    reader = pictures_reader(store, take_snapshot(open_store(str(pairs)), "pictures", {}), 0)  # type: ignore[arg-type]
+    list(reader.rows(0, reader.rows_per_epoch))
+    assert store.requests == 1
+    list(reader.held_out())
+    assert store.requests == 2
 
 
 def _idle(reader: ops.reader.Reader[Any]) -> None:
