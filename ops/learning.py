@@ -25,7 +25,7 @@ from models.transformer import Transformer, TransformerSettings
 from ops.decoding import Decoders, Stored
 from ops.errors import UsageError
 from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings, Worker
-from ops.reader import Codes, Reader, Row, codes_reader, pictures_reader
+from ops.reader import Codes, Reader, Row, Share, codes_reader, pictures_reader
 from ops.recipes import sha256
 from ops.seeds import derived_seed, derived_share
 from ops.sheets import Cell, draw_sheet, to_pixels
@@ -71,7 +71,8 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
     assert isinstance(job.model, DvaeSettings)
     settings, training = job.model, _tokenizer_training(job)
     dvae = _seeded(lambda: Dvae(settings), training.seed).to(worker.device)
-    reader = pictures_reader(open_store(job.source), snapshot, training.seed)
+    share = Share.of_rank(training.batch, worker.rank, worker.world)  # as the loop cuts a batch
+    reader = pictures_reader(open_store(job.source), snapshot, training.seed, share=share)
     decoders = Decoders.of_rank(job.source, settings.image_size, worker.world)
 
     def images(rows: Sequence[Row[bytes]], *, crop: bool, flip: bool) -> Tensor:
