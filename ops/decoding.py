@@ -75,8 +75,8 @@ class Decoders:
     def of_rank(cls, place: str, size: int, world: int) -> Decoders:
         """Those of one of `world` ranks: children for all its cores but one, or threads where it has only a few.
 
-        A step that keeps Python busy lets threads of its process decode 122 pictures a second and children 202 (one
-        each); with 2 cores, and a step that does not, there was no difference (tests/bench/read.py).
+        A step of many small operations keeps Python busy, and threads of its process wait for Python in turn; children
+        do not (tests/bench/read.py). With two cores a child takes one of them from the step.
         """
         cores = cores_of_rank(world)
         return cls(place, size, threads=cores, processes=cores - 1 if cores >= PROCESSES_FROM_CORES else 0)

@@ -10,9 +10,9 @@
     ray_data        read_webdataset(shuffle="files"), map_batches, streaming_split: one consumer a worker
 
 A worker reads as a rank does: it takes tensors [32, 3, 256, 256] until all its pictures have come. All sides read the
-same tars (short side 384, quality 90) and make crops with the same function, so what differs is the way there; the
-libraries' own decoders are slower. A worker of the first three is one process on one CPU with what it starts; Ray Data
-has as many tasks of a kind at a time as there are workers, on any CPU, and does not shuffle rows (both in its favour).
+same tars (short side 384, quality 90) and make crops with the same function, so what differs is the way there. A worker
+of the first three is one process on one CPU with what it starts; Ray Data has as many tasks of a kind at a time as
+there are workers, on any CPU, and does not shuffle rows (both in its favour).
 
     pictures/s      of all workers together, from the first demand to the last batch; processes are there before
     CPU-ms          of all processes of a side for each picture; that of Ray's at rest is in it
@@ -20,6 +20,9 @@ has as many tasks of a kind at a time as there are workers, on any CPU, and does
     waited          share of the time that steps of fixed length waited for their batch, after the first one
     ratios          of CPU for each picture, theirs to ours, as in all benchmarks: the lowest of the numbers of workers;
                     `wall_ratios` of the time of a round (medians of pairs of rounds), which others on the machine sway
+
+Then threads and children decode batches of 64 while the main thread of their process runs Python, as a training step of
+many small operations does: pictures/s, and the pace of that Python as a share of its pace alone.
 
 The exit status is 1 if a side gave another number of pictures.
 """
@@ -33,6 +36,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -263,6 +267,39 @@ def codes(tokens: Path) -> int:
     return rows
 
 
+def beside_python(jpegs: list[bytes], kind: str, count: int, seconds: float = 1.0) -> tuple[float, float]:
+    """(pictures/s, pace of the main thread's Python) of Decoders with `count` threads or processes."""
+    from ops.decoding import Decoders, Stored
+
+    pictures = [Stored(str(i), jpegs[i % len(jpegs)], i) for i in range(64)]
+    with Decoders("pairs", SIZE_PX, **{kind: count}) as decoders:
+        decoders.crops(pictures, crop=True, flip=True)  # starts the children
+        has_ended, batches = threading.Event(), 0
+
+        def decode() -> None:
+            nonlocal batches
+            while not has_ended.is_set():
+                decoders.crops(pictures, crop=True, flip=True)
+                batches += 1
+
+        thread = threading.Thread(target=decode)
+        begun_s = time.perf_counter()
+        thread.start()
+        pace = python_pace(seconds)
+        has_ended.set()
+        thread.join()
+        return 64 * batches / (time.perf_counter() - begun_s), pace
+
+
+def python_pace(seconds: float) -> float:
+    """Rounds of Python a second."""
+    rounds, begun_s = 0, time.perf_counter()
+    while time.perf_counter() - begun_s < seconds:
+        sum(i * i for i in range(1000))
+        rounds += 1
+    return rounds / (time.perf_counter() - begun_s)
+
+
 # --- the run ---------------------------------------------------------------------------------------------------------
 def ready() -> None:
     """What is imported before the rounds."""
@@ -369,10 +406,24 @@ def main() -> int:
         print(
             f"codes: {codes_per_s:,.0f} rows of {CODES} a second, one worker, two epochs, the first of which verifies"
         )
+    beside: dict[str, dict[str, list[float]]] = {}
+    for _ in range(arguments.rounds):
+        for kind, count in (("threads", 1), ("processes", 1), ("threads", 2), ("processes", 2)):
+            alone = python_pace(0.5)
+            rate, pace = beside_python(jpegs, kind, count)
+            of = beside.setdefault(f"{count} {kind}", {"pictures_per_s": [], "pace": []})
+            of["pictures_per_s"].append(rate)
+            of["pace"].append(pace / alone)
+    for name, found in beside.items():
+        rate, pace = (statistics.median(found[what]) for what in ("pictures_per_s", "pace"))
+        print(
+            f"beside a main thread that runs Python: {name:12}{rate:6.0f} pictures/s, its pace {pace:.2f} of that alone"
+        )
     if wrong:
         print(f"a side gave another number of pictures than {pictures}: the ratios mean nothing", file=sys.stderr)
     lowest = {name: min(of.values()) for name, of in ratios.items() if name in ("webdataset", "ray_data")}
     more = {"ratios_by_workers": ratios, "wall_ratios": wall_ratios, "sides": told, "codes_rows_per_s": codes_per_s}
+    more["beside_python"] = {n: {w: statistics.median(v) for w, v in of.items()} for n, of in beside.items()}
     print_last_line("read", where, lowest, **more)
     return int(wrong)
 
