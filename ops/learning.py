@@ -7,9 +7,7 @@ be split over workers. May not live here: optimizers, checkpoints, Ray.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -24,10 +22,10 @@ from models.sampling import sample
 from models.schedules import half_cosine
 from models.text import PAD, CaptionTokenizer, train_bpe
 from models.transformer import Transformer, TransformerSettings
-from ops.errors import DamagedArtifact, UsageError
+from ops.decoding import Decoders, Stored
+from ops.errors import UsageError
 from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings, Worker
-from ops.pictures import decode_stored, tokenizer_crop
-from ops.reader import Codes, Reader, Row, codes_reader, pictures_reader
+from ops.reader import Codes, Reader, Row, Share, codes_reader, pictures_reader
 from ops.recipes import sha256
 from ops.seeds import derived_seed, derived_share
 from ops.sheets import Cell, draw_sheet, to_pixels
@@ -86,19 +84,13 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
     """The discrete VAE on pictures of PAIRS (paper, §2.1)."""
     assert isinstance(job.model, DvaeSettings)
     settings, training = job.model, _tokenizer_training(job)
-    reader = pictures_reader(open_store(job.source), snapshot, training.seed)
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // worker.world), thread_name_prefix="decode")
+    share = Share.of_rank(training.batch, worker.rank, worker.world)  # as the loop cuts a batch
+    reader = pictures_reader(open_store(job.source), snapshot, training.seed, share=share)
+    decoders = Decoders.of_rank(job.source, settings.image_size, worker.world)
 
     def images(rows: Sequence[Row[bytes]], *, crop: bool, flip: bool) -> Tensor:
-        def pixels(row: Row[bytes]) -> Any:
-            rng = np.random.default_rng(derived_seed("crop", training.seed, row.position))
-            try:
-                picture = decode_stored(row.payload)
-            except ValueError as error:
-                raise DamagedArtifact(f"{job.source}, picture {row.uid}", "a sound JPEG", str(error)) from error
-            return tokenizer_crop(picture, settings.image_size, rng, crop=crop, flip=flip)
-
-        return images_of(np.stack(list(pool.map(pixels, rows))))
+        pictures = [Stored(row.uid, row.payload, derived_seed("crop", training.seed, row.position)) for row in rows]
+        return images_of(decoders.crops(pictures, crop=crop, flip=flip))
 
     def prepared(pixels_BCHW: Tensor, seeds: list[int], *, is_filler: bool = False) -> Batch:
         B, codes = len(seeds), len(seeds) * settings.grid**2
