@@ -16,7 +16,7 @@ from ops.learning import images_of
 from ops.pictures import decode_stored, tokenizer_crop, transformer_crop
 from ops.seeds import derived_seed
 from ops.shards import read_receipt, read_receipts
-from ops.tokenize import TokensSettings, pending_tasks, start_tokens, tokenize, tokenize_shard
+from ops.tokenize import Encoders, TokensSettings, pending_tasks, start_tokens, tokenize, tokenize_shard
 from ops.trained import load_tokenizer, tokenizer_digest
 from ops.verify import verify
 from tests.ops.conftest import Learned
@@ -189,7 +189,7 @@ def test_without_random_crops_the_tokenizer_sees_what_it_was_evaluated_on() -> N
 def test_on_ray_the_bytes_are_the_same(ray_cluster: None, learned: Learned, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     start_tokens(str(learned.pairs), str(learned.tokenizer), str(tokens), TOKENS)
-    outcomes = list(tokenize(str(tokens), pending_tasks(str(learned.pairs), str(tokens), TOKENS)))
+    outcomes = list(tokenize(str(tokens), pending_tasks(str(learned.pairs), str(tokens), TOKENS), Encoders()))
     assert sorted((outcome.shard, outcome.state) for outcome in outcomes) == [(0, "committed"), (1, "committed")]
     mine, its = (read_receipts(open_store(str(stage))) for stage in (tokens, learned.tokens))
     assert {n: receipt.files for n, receipt in mine.items()} == {n: receipt.files for n, receipt in its.items()}
