@@ -32,17 +32,17 @@ PixelBatch = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @lru_cache(maxsize=1)
-def frozen_tokenizer(tokens: str, digest: str, gpu: bool = False) -> Dvae:
+def frozen_tokenizer(tokens: str, digest: str, device: str = "cpu") -> Dvae:
     """The tokenizer of TOKENS, loaded once a process. Raises DamagedArtifact if it is another than `digest` names."""
     import torch
 
     dvae, found = load_tokenizer(tokens)
     if found != digest:
         raise DamagedArtifact(f"{tokens}/tokenizer", f"digest {digest}", f"digest {found}")
-    if gpu:
+    if device == "cuda":
         # torch's default is TF32, of 10 bits: no float32 to compare with, and too coarse for the stream.
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-        dvae.to("cuda").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        dvae.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return dvae
 
 

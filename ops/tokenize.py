@@ -184,12 +184,13 @@ def _tokenize_in_actor(task: TokenizeTask, threads: int, gpu: bool) -> ShardOutc
     import torch
 
     torch.set_num_threads(threads)
-    return tokenize_shard(task, threads, gpu)
+    return tokenize_shard(task, threads, "cuda" if gpu else "cpu", half=gpu)
 
 
-def tokenize_shard(task: TokenizeTask, threads: int = 1, gpu: bool = False) -> ShardOutcome:
-    """Encodes one pair shard and commits it. The same pictures and tokenizer give the same bytes, on a device of one
-    kind. `threads` decode ahead of the encoder.
+def tokenize_shard(task: TokenizeTask, threads: int = 1, device: str = "cpu", half: bool = False) -> ShardOutcome:
+    """Encodes one pair shard and commits it. The same pictures and tokenizer give the same bytes on one kind of device.
+
+    `threads` decode ahead of the encoder; `half` lets it use bfloat16 where that changes next to nothing.
 
     Raises DamagedArtifact for a pair shard whose bytes are not those of its receipt.
     """
@@ -208,8 +209,8 @@ def tokenize_shard(task: TokenizeTask, threads: int = 1, gpu: bool = False) -> S
         for extension, ref in pairs.files.items():
             download(source, ref, scratch / extension)
         rows, left_out = _rows_to_encode(scratch / "parquet", read_drops(source) | read_drops(store))
-        half = torch.bfloat16 if gpu else None
-        encoding = Encoding(frozen_tokenizer(task.tokens, task.tokenizer, gpu), half)
+        dvae = frozen_tokenizer(task.tokens, task.tokenizer, device)
+        encoding = Encoding(dvae, torch.bfloat16 if half else None)
         earlier = _earlier(store, task)
         crops, codes = _codes_of_shard(task, rows, scratch / "tar", earlier, attempt, encoding, threads)
         row_groups = _write(scratch / "codes.parquet", rows, crops, codes)
@@ -221,14 +222,21 @@ def tokenize_shard(task: TokenizeTask, threads: int = 1, gpu: bool = False) -> S
             rows=rows.num_rows,
             kept=rows.num_rows,
             row_groups=row_groups,
-            versions=versions() | ({"encoder": "cuda, bfloat16" if encoding.half else "cuda, float32"} if gpu else {}),
+            versions=versions() | _encoder_of(encoding, device),
         )
         won = publish(store, receipt, {"parquet": scratch / "codes.parquet"}, started_s=attempt.started_s)
         state: Literal["committed", "already"] = "committed" if won else "already"
         agreement = encoding.agreement
-        attempt.end(state, rows=rows.num_rows, **({"agreement": agreement} if gpu else {}))
+        attempt.end(state, rows=rows.num_rows, **({"agreement": agreement} if half else {}))
     seconds, n = round(time.monotonic() - started_s, 3), rows.num_rows
     return ShardOutcome(task.shard, task.generation, state, n, n, seconds=seconds, agreement=agreement)
+
+
+def _encoder_of(encoding: Encoding, device: str) -> dict[str, str]:
+    """For the receipt: what rounds otherwise than float32 on a CPU."""
+    if device == "cpu" and encoding.agreement is None:
+        return {}
+    return {"encoder": f"{device}, {'bfloat16' if encoding.half else 'float32'}"}
 
 
 Crop = tuple[float, float, float]

@@ -93,9 +93,16 @@ def drawn(number: int, side: int) -> tuple[str, np.ndarray]:
 
 
 def write_pair_shard(
-    location: Path, shard: int, numbers: list[int], side: int = 32, generation: int = 0, weight: float = 1.0
+    location: Path,
+    shard: int,
+    numbers: list[int],
+    side: int = 32,
+    generation: int = 0,
+    weight: float = 1.0,
+    damaged: int | None = None,
 ) -> Receipt:
-    """Commits a pair shard of drawn pictures. Every fifth row is a rejected one, every eighth kept one is held out."""
+    """Commits a pair shard of drawn pictures. Every fifth row is a rejected one, every eighth kept one is held out. The
+    JPEG of the number `damaged` is cut."""
     store = open_store(str(location))
     start_stage(store, "pairs", {"picture": asdict(PictureSettings(short_side_px=32))}, {}, "")
     rows, members, statuses = [], [], []
@@ -105,7 +112,7 @@ def write_pair_shard(
         statuses.append("timeout" if row % 5 == 4 else "success")
         rows.append({"key": key, "uid": uid, "url": f"http://example.org/{number}", "caption": caption})
         if statuses[-1] == "success":
-            jpeg = encode_jpeg(pixels, 90)
+            jpeg = encode_jpeg(pixels, 90)[: 100 if number == damaged else None]
             members += [(f"{key}.jpg", jpeg), (f"{key}.json", json.dumps({"uid": uid}).encode())]
             members.append((f"{key}.txt", caption.encode()))
     scratch = location.parent / f"scratch-{shard}-{generation}"
