@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from infra.store import Store, absolute, open_store
 from ops.attempts import Attempt
 from ops.drops import Drops, copy_drops, read_drops
-from ops.encoder import ENCODE_BATCH, Encoding, frozen_tokenizer
+from ops.encoder import ENCODE_BATCH, Encoding, encode_batch, frozen_tokenizer
 from ops.errors import DamagedArtifact, UsageError
 from ops.pictures import decode_stored, transformer_crop
 from ops.reasons import SUCCESS
@@ -184,7 +184,10 @@ def _tokenize_in_actor(task: TokenizeTask, threads: int, gpu: bool) -> ShardOutc
     import torch
 
     torch.set_num_threads(threads)
-    return tokenize_shard(task, threads, "cuda" if gpu else "cpu", half=gpu)
+    if gpu:
+        return tokenize_shard(task, threads, "cuda", half=True)
+    # Decoding is the smaller part, and more threads than CPUs keep the encoder's waiting for each other.
+    return tokenize_shard(task, max(1, threads // 4))
 
 
 def tokenize_shard(task: TokenizeTask, threads: int = 1, device: str = "cpu", half: bool = False) -> ShardOutcome:
@@ -325,9 +328,10 @@ def _codes_of_shard(
 
     together = max(1, DECODE_TOGETHER // settings.crops)
     before: tuple[list[tuple[int, int, Pixels, Crop]], Tensor] | None = None
+    size = encode_batch(dvae.settings, next(dvae.parameters()).device.type)
     limit = max(1, AHEAD // (together * settings.crops))
     with tar.open("rb") as file, closing(ahead(decode, _groups(new, together), threads, limit)) as decoded:
-        for batch in _groups(chain.from_iterable(decoded), ENCODE_BATCH):
+        for batch in _groups(chain.from_iterable(decoded), size):
             raise_if_cancelled()
             under_way = encoding(np.stack([pixels for _, _, pixels, _ in batch]))
             if before:  # what the device did while this batch was put together

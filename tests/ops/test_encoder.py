@@ -11,7 +11,7 @@ import torch
 from infra.store import open_store
 from models.dvae import Dvae, DvaeSettings
 from ops.attempts import list_attempts, read_attempt
-from ops.encoder import AGREEMENT, ENCODE_BATCH, SAMPLE_BATCHES, Encoding
+from ops.encoder import AGREEMENT, ENCODE_BATCH, SAMPLE_BATCHES, Encoding, encode_batch
 from ops.learning import images_of
 from ops.shards import read_receipts
 from ops.tokenize import pending_tasks, start_tokens, tokenize_shard
@@ -75,6 +75,11 @@ def test_a_tokenizer_whose_codes_bfloat16_changes_stays_in_float32() -> None:
     assert encoding.agreement < AGREEMENT
     assert encoding.half is None
     assert all(torch.equal(codes, exact) for codes in made)
+
+
+def test_a_batch_on_a_cpu_is_as_small_as_its_layers_are_large() -> None:
+    assert encode_batch(DvaeSettings(), "cpu") == 1, "67 MB a picture"
+    assert encode_batch(DvaeSettings(), "cuda") == encode_batch(SETTINGS, "cpu") == ENCODE_BATCH
 
 
 def test_float32_compares_nothing() -> None:
