@@ -13,6 +13,7 @@ from infra.cluster import Cluster, Place
 from infra.metrics import Cost, timed
 from ops.plan import Columns
 from ops.report import write_run_report
+from ops.tokenize import Encoders
 from pipelines.artifacts import Board
 from pipelines.ingest import ingest
 from pipelines.progress import Progress
@@ -37,7 +38,8 @@ def build(
 ) -> dict[str, Any]:
     """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing.
 
-    `place` is for both trainings. Raises Incomplete after a stage that left shards undone.
+    `place` is for both trainings, and says whether the encoders have GPUs. Raises Incomplete after a stage that left
+    shards undone.
     """
     run, s = Run(into), settings
     record_settings(run, s)
@@ -50,7 +52,7 @@ def build(
             with _stage("train tokenizer", board), timed("train_tokenizer", seconds):
                 tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, place)
             with _stage("tokenize", board), timed("tokenize", seconds):
-                tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)
+                tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster, Encoders(gpu=place.gpu))
                 raise_if_unfinished(run.tokens, tokens)
             with _stage("train transformer", board), timed("train_transformer", seconds):
                 model = train_transformer(

@@ -417,12 +417,16 @@ def tokenize(
     preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
+    actors: Annotated[int | None, Parameter(help="Actors that encode; default: as many as the cluster holds.")] = None,
+    gpu: Annotated[bool, Parameter(negative="", help="Encode on GPUs, one for each actor.")] = False,
     json: Json = False,
 ) -> None:
     """Turn the pictures of PAIRS into codes, one token shard for each pair shard."""
+    from ops.tokenize import Encoders
     from pipelines.tokenize import tokenize as flow
 
-    _end(into, _run(flow, pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus)), json)
+    encoders = Encoders(actors=actors, gpu=gpu)
+    _end(into, _run(flow, pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus), encoders), json)
 
 
 @train.command
