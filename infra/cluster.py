@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -173,17 +175,26 @@ def job_server(address: str) -> str | None:
 
     known = GcsClient(address=canonicalize_bootstrap_address_or_die(address))
     give_up_s = time.monotonic() + ANSWER_S
-    # A head says so some seconds after it is up, and a head without a dashboard names a port at which nobody listens.
+    # A head says so some seconds after it is up.
     while not (found := known.internal_kv_get(b"dashboard", b"dashboard")):
         if time.monotonic() > give_up_s:
             return None
         time.sleep(0.5)
-    url = f"http://{found.decode()}"
+    url, session = f"http://{found.decode()}", known.internal_kv_get(b"session_name", b"session").decode()
+    return url if _session(url) == session else None
+
+
+def _session(server: str) -> str | None:
+    """Which Ray answers at a URL. A head without a dashboard names 127.0.0.1:8265 too, where another may listen."""
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
     try:
-        _check_answers(url)
-    except ClusterError:
+        with urlopen(
+            Request(f"{server}/api/version", headers=get_auth_headers_if_auth_enabled({})), timeout=ANSWER_S
+        ) as told:
+            return str(json.loads(told.read())["session_name"])
+    except (OSError, ValueError, KeyError):
         return None
-    return url
 
 
 def _check_answers(address: str) -> None:

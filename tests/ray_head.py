@@ -27,14 +27,19 @@ class Head:
 
 
 @contextmanager
-def ray_head(cpus: int = 2) -> Iterator[Head]:
-    """Up when its job server answers; gone, with all of its processes, at the end of the `with`."""
+def ray_head(cpus: int = 2, names: str | None = None) -> Iterator[Head]:
+    """Up when its job server answers; gone, with all of its processes, at the end of the `with`.
+
+    `names`: a head without a job server, that says that it was this one, of another head.
+    """
     # A short path: Ray's socket names must stay under 107 characters.
     with TemporaryDirectory(prefix="head-", ignore_cleanup_errors=True) as folder:
         gcs, dashboard, agent, agent_grpc, client = free_ports(5)
         python = Path(sys.executable)
         command = [str(python.with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-        command += [f"--port={gcs}", f"--dashboard-port={dashboard}", "--include-dashboard=true"]
+        server = names or f"http://127.0.0.1:{dashboard}"
+        command += [f"--port={gcs}", f"--dashboard-port={server.rpartition(':')[2]}"]
+        command += [f"--include-dashboard={str(names is None).lower()}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--ray-client-server-port={client}", f"--num-cpus={cpus}", f"--temp-dir={folder}/ray"]
         command += ["--object-store-memory=80000000", "--disable-usage-stats"]
@@ -45,9 +50,8 @@ def ray_head(cpus: int = 2) -> Iterator[Head]:
                 command, env=os.environ | settings, stdout=out, stderr=out, start_new_session=True
             )
         try:
-            server = f"http://127.0.0.1:{dashboard}"
             give_up_s = time.monotonic() + 120
-            while not _takes_jobs(server):
+            while not ("Ray runtime started" in log.read_text() if names else _takes_jobs(server)):
                 assert process.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < give_up_s, log.read_text()[-3000:]
                 time.sleep(0.2)

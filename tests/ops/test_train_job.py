@@ -153,6 +153,8 @@ def test_a_cluster_says_where_its_job_server_is(head: Head) -> None:
     with pytest.raises(ClusterError, match="takes trainings as jobs, and nothing else"):
         with connect(Cluster(head.server)):
             pass
+    with ray_head(cpus=1, names=head.server) as silent:
+        assert job_server(silent.address) is None, "another cluster's job server is not taken for its own"
 
 
 @on_a_cluster
