@@ -96,7 +96,9 @@ def test_curves_and_sheets_are_shown_while_it_trains(
     assert state == "Completed"
     assert "step 600 of 600" in artifacts["curves"]["data"]
     assert "data:image/svg+xml;base64," in artifacts["curves"]["data"]
-    assert re.search(r"\| Objective \| training \| -?[\d.]+ \|", artifacts["curves"]["data"]), artifacts["curves"]["data"]
+    assert re.search(r"\| Objective \| training \| -?[\d.]+ \|", artifacts["curves"]["data"]), artifacts["curves"][
+        "data"
+    ]
 
 
 def test_a_flow_on_a_cluster_that_takes_jobs_follows_one(head: Head, learned: Learned, tmp_path: Path) -> None:
