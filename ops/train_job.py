@@ -150,10 +150,11 @@ def _find_or_submit(client: JobSubmissionClient, job: Job, place: Place, say: Sa
         environment = shipped()
         # Ray's 3 s are too short for workers that finish their update; then it kills.
         environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] = str(STOP_S)
-        entrypoint = f"python -m ops.train_job {shlex.quote(to_json(job, place))}"
         metadata = {"stage": job.kind, "into": absolute(job.into), "source": absolute(job.source)}
         try:
-            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata=metadata)
+            client.submit_job(
+                entrypoint=entrypoint(job, place), submission_id=name, runtime_env=environment, metadata=metadata
+            )
         except RuntimeError as refused:
             try:
                 client.get_job_info(name)  # the other of two that asked in the same moment
@@ -231,6 +232,11 @@ def _result(client: JobSubmissionClient, name: str) -> Trained:
 
 
 # In the cluster -------------------------------------------------------------------------------------------------------
+
+
+def entrypoint(job: Job, place: Place) -> str:
+    """The command that a cluster runs, for a shell."""
+    return f"python -m ops.train_job {shlex.quote(to_json(job, place))}"
 
 
 def to_json(job: Job, place: Place) -> str:
