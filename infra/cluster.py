@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -25,6 +30,16 @@ QUIET = {
     "NO_ALBUMENTATIONS_UPDATE": "1",
 }
 """Set before ray, torch or cv2 is imported, here and in every worker; a value of the user's wins."""
+GCS_PORT, CLIENT_PORT, JOB_PORT = 6379, 10001, 8265
+"""Where a Ray head listens unless told otherwise: for drivers (HOST:6379), ray://HOST:10001, and http://HOST:8265."""
+ANSWER_S = 8.0
+"""An address that nobody answers at for so long is told as such."""
+STAYS_HERE = [".git", ".venv", "runs", "tests", "docs", "*.parquet", "*.tar"]
+"""What of the repo is not shipped to a cluster."""
+
+
+class ClusterError(OSError):
+    """ClusterError(text): a cluster or its job. What happened, and the next step, in whole sentences."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,8 @@ class Cluster:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
     address: str | None = field(default_factory=lambda: os.environ.get("RAY_ADDRESS") or None)
-    """Ray's address; without one a Ray of its own is started on this machine for the time of the run."""
+    """Ray's address: HOST:6379, ray://HOST:10001, or for trainings http://HOST:8265; without one a Ray of its own is
+    started on this machine for the time of the run."""
     cpus: int = field(default_factory=lambda: os.cpu_count() or 1)
     """CPUs of a local Ray."""
     dashboard: bool = False
@@ -77,7 +93,8 @@ def connect(cluster: Cluster) -> Iterator[str | None]:
     """Connects to Ray for the time of a `with`; yields the dashboard's URL or None. Nested calls share one Ray.
 
     A local Ray ends with the outermost `with`; a cluster that was joined goes on. Joining ships the repo as
-    `working_dir`, so that `from ops.fetch import fetch` means the same on every node.
+    `working_dir`, so that `from ops.fetch import fetch` means the same on every node; a Ray job has been shipped
+    already. Raises ClusterError for an address that nobody answers at, or that trainings alone can be sent to.
     """
     handler = signal.getsignal(signal.SIGTERM)
     is_handled = callable(handler) and threading.current_thread() is threading.main_thread()
@@ -117,7 +134,6 @@ def _connected(cluster: Cluster) -> Iterator[str | None]:
     if ray.is_initialized():
         yield None
         return
-    environment = {name: os.environ[name] for name in QUIET}
     if cluster.address is None:
         # A short path: Ray's socket names must stay under 107 characters.
         with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
@@ -129,24 +145,99 @@ def _connected(cluster: Cluster) -> Iterator[str | None]:
                 logging_level="ERROR",
                 object_store_memory=256 << 20,
                 _temp_dir=scratch,
-                runtime_env={"env_vars": {**environment, "PYTHONPATH": str(REPO)}},
+                runtime_env={"env_vars": {**_quiet(), "PYTHONPATH": str(REPO)}},
             )
             try:
                 yield _http(context.dashboard_url)
             finally:
                 ray.shutdown()
         return
-    excludes = [".git", ".venv", "runs", "tests", "docs", "*.parquet", "*.tar"]
+    if cluster.address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{cluster.address} takes trainings as jobs, and nothing else. Name the cluster itself: HOST:{GCS_PORT} "
+            f"from one of its machines, or ray://HOST:{CLIENT_PORT}."
+        )
+    _check_answers(cluster.address)
     context = ray.init(
         address=cluster.address,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"working_dir": str(REPO), "excludes": excludes, "env_vars": environment},
+        runtime_env=None if is_job() else shipped(),
     )
     try:
         yield _http(context.dashboard_url)
     finally:
         ray.shutdown()
+
+
+def is_job() -> bool:
+    """Whether this process was started by a cluster's job server."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def shipped() -> dict[str, Any]:
+    """The runtime environment of whoever comes from outside a cluster: this repo, and the quiet variables."""
+    return {"working_dir": str(REPO), "excludes": STAYS_HERE, "env_vars": _quiet()}
+
+
+def job_server(address: str) -> str | None:
+    """The URL at which a cluster takes jobs; None for a cluster without a dashboard, which takes none.
+
+    Of http://… itself, of ray://HOST:… port 8265 of that host, of HOST:6379 what the cluster says. Raises ClusterError
+    if nobody answers.
+    """
+    if address.startswith(("http://", "https://")):
+        _check_answers(address)
+        return address.rstrip("/")
+    if address.startswith("ray://"):
+        url = f"http://{urlsplit(address).hostname}:{JOB_PORT}"
+        _check_answers(url)
+        return url
+    _check_answers(address)
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    known = GcsClient(address=canonicalize_bootstrap_address_or_die(address))
+    give_up_s = time.monotonic() + ANSWER_S
+    # A head says so some seconds after it is up.
+    while not (found := known.internal_kv_get(b"dashboard", b"dashboard")):
+        if time.monotonic() > give_up_s:
+            return None
+        time.sleep(0.5)
+    url, session = f"http://{found.decode()}", known.internal_kv_get(b"session_name", b"session").decode()
+    return url if _session(url) == session else None
+
+
+def _session(server: str) -> str | None:
+    """Which Ray answers at a URL. A head without a dashboard names 127.0.0.1:8265 too, where another may listen."""
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    try:
+        with urlopen(
+            Request(f"{server}/api/version", headers=get_auth_headers_if_auth_enabled({})), timeout=ANSWER_S
+        ) as told:
+            return str(json.loads(told.read())["session_name"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _check_answers(address: str) -> None:
+    """Raises ClusterError if nobody listens at an address; ray itself would go on asking for a minute."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if place.hostname is None or place.port is None:  # "auto", or what only ray understands
+        return
+    try:
+        socket.create_connection((place.hostname, place.port), timeout=ANSWER_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"Nobody answers at {address} ({error}). Start the cluster, or correct --address or RAY_ADDRESS; "
+            "without them a Ray of its own is started here."
+        ) from None
+
+
+def _quiet() -> dict[str, str]:
+    quiet_environment()
+    return {name: os.environ[name] for name in QUIET}
 
 
 def _http(url: str | None) -> str | None:

@@ -232,7 +232,7 @@ def _fit(job: Job, place: Place, run: int, say: Say) -> None:
     failures: list[BaseException] = []
     thread = threading.Thread(target=_fit_once, args=(job, place, run, failures), name="ray-train", daemon=True)
     thread.start()
-    told = _Told(job, say)
+    told = Told(job, say)
     try:
         while thread.is_alive():
             thread.join(HEARTBEAT_S)
@@ -247,7 +247,7 @@ def _fit(job: Job, place: Place, run: int, say: Say) -> None:
         raise _WorkersDied(failures[0]) if _workers_died(failures[0], place) else _cause(failures[0])
 
 
-class _Told:
+class Told:
     """What was told of a run: a line every few seconds, on its steps, or on what else it is doing and for how long."""
 
     def __init__(self, job: Job, say: Say) -> None:

@@ -45,10 +45,17 @@ def artifact_key(stage: str, what: str, location: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{stage}-{what}-{place}".lower()).strip("-")
 
 
+def carried(data: bytes, text: str) -> str:
+    """A PNG, JPEG or SVG in Markdown, whole: the browser can't reach the disk or bucket where it lies."""
+    kind = "png" if data.startswith(b"\x89PNG") else "svg+xml" if data.startswith(b"<svg") else "jpeg"
+    return f"![{text}](data:image/{kind};base64,{base64.b64encode(data).decode()})"
+
+
 class Board:
     """The artifacts of one flow run, as a `with` block inside the flow. Outside of a flow run nothing is written.
 
-    Leaving the block by an ArmchairError writes a report that says so.
+    What is told again under the same name takes the place of what was told before. Leaving the block by an
+    ArmchairError writes a report that says so.
     """
 
     def __init__(self, stage: str, location: str) -> None:
@@ -57,7 +64,7 @@ class Board:
         self._run: UUID | None = context.flow_run.id if context and context.flow_run else None
         self._waiting: list[ArtifactCreate] = []
         self._progress: ArtifactCreate | None = None
-        self._progress_id: UUID | None = None
+        self._ids: dict[str, UUID] = {}
         self._wake, self._lock, self._closing = threading.Event(), threading.Lock(), False
         self._has_warned = False
         context_here = contextvars.copy_context()  # Prefect's settings are there
@@ -99,13 +106,11 @@ class Board:
         self._put(self._made(what, "markdown", f"[{text}]({address})\n\n`{address}`", text))
 
     def picture(self, what: str, data: bytes, text: str) -> None:
-        """A PNG or JPEG, carried whole: the browser can't reach the disk or bucket where it lies.
+        """A PNG or JPEG.
 
         In a page of Markdown, because an image artifact prints its address, here some kilobytes of it, below.
         """
-        kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-        carried = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        self._put(self._made(what, "markdown", f"![{text}]({carried})", text))
+        self._put(self._made(what, "markdown", carried(data, text), text))
 
     def _made(self, what: str, kind: str, data: Any, description: str) -> ArtifactCreate:
         key = artifact_key(self.stage, what, self.location)
@@ -155,10 +160,8 @@ class Board:
             self._has_warned = True
 
     def _send(self, artifact: ArtifactCreate, client: SyncPrefectClient) -> None:
-        if artifact.type == "progress" and self._progress_id is not None:
-            update = ArtifactUpdate(data=artifact.data, description=artifact.description)
-            client.update_artifact(self._progress_id, update)
-            return
-        made = client.create_artifact(artifact)
-        if artifact.type == "progress":
-            self._progress_id = made.id
+        key = str(artifact.key)
+        if key in self._ids:
+            client.update_artifact(self._ids[key], ArtifactUpdate(data=artifact.data, description=artifact.description))
+        else:
+            self._ids[key] = client.create_artifact(artifact).id

@@ -17,7 +17,7 @@ from ops.tokenize import Encoders
 from pipelines.artifacts import Board
 from pipelines.ingest import ingest
 from pipelines.progress import Progress
-from pipelines.settings import Settings
+from pipelines.settings import Settings, resolve
 from pipelines.show import duration
 from pipelines.stages import Run, record_settings
 from pipelines.tokenize import tokenize
@@ -31,17 +31,17 @@ STAGES = ("ingest", "train tokenizer", "tokenize", "train transformer", "report"
 def build(
     lists: list[str],
     into: str,
-    settings: Settings,
+    settings: Settings | str,
     columns: Columns = Columns(),
     cluster: Cluster = Cluster(),
     place: Place = Place(),
 ) -> dict[str, Any]:
     """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing.
 
-    `place` is for both trainings, and says whether the encoders have GPUs. Raises Incomplete after a stage that left
-    shards undone.
+    `settings` may be the name of a preset. `place` is for both trainings, and says whether the encoders have GPUs.
+    Raises Incomplete after a stage that left shards undone, BadSetting and UsageError for a preset that is none.
     """
-    run, s = Run(into), settings
+    run, s = Run(into), resolve(settings) if isinstance(settings, str) else settings
     record_settings(run, s)
     seconds: dict[str, Cost] = {}
     with Board("build", into) as board:

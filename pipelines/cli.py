@@ -1,7 +1,7 @@
 """The command line. One function a command, each a few lines that call one flow or op.
 
 torch, ray and prefect are imported inside the commands: `--help` answers in a blink. An ArmchairError becomes its
-text and its exit code: 0 done, 2 the user can fix it now, 3 storage, 4 training diverged, 5 not everything.
+text and its exit code: 0 done, 2 the user can fix it now, 3 storage or cluster, 4 training diverged, 5 not everything.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from infra.cluster import Cluster, Place, quiet_environment
+from infra.cluster import Cluster, ClusterError, Place, quiet_environment
 
 if TYPE_CHECKING:
     from pipelines.settings import Settings
@@ -88,6 +88,12 @@ Sets = Annotated[
 ]
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object and nothing else.")]
 Cpus = Annotated[int | None, Parameter(help="CPUs of a local Ray; default: all. Ignored with RAY_ADDRESS.")]
+Address = Annotated[
+    str | None,
+    Parameter(
+        help="Train as a job of a Ray cluster: http://HOST:8265, ray://HOST:10001, or HOST:6379. Over RAY_ADDRESS."
+    ),
+]
 UrlCol = Annotated[str, Parameter(help="Column of the lists that holds URLs.")]
 CaptionCol = Annotated[str, Parameter(help="Column of the lists that holds captions.")]
 Placed = Annotated[Place, Parameter(name="*", negative_bool="")]
@@ -396,6 +402,7 @@ def tokenizer(
     preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
+    address: Address = None,
     place: Placed = Place(),
     json: Json = False,
 ) -> None:
@@ -404,7 +411,7 @@ def tokenizer(
     from pipelines.train import train_tokenizer as flow
 
     s = _settings(preset, sets)
-    told = _run(flow, pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus), place)
+    told = _run(flow, pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus, address), place)
     _say(told, json, show_trained(told))
 
 
@@ -437,6 +444,7 @@ def transformer(
     preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
+    address: Address = None,
     place: Placed = Place(),
     json: Json = False,
 ) -> None:
@@ -445,7 +453,7 @@ def transformer(
     from pipelines.train import train_transformer as flow
 
     s = _settings(preset, sets)
-    told = _run(flow, tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus), place)
+    told = _run(flow, tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus, address), place)
     _say(told, json, show_trained(told))
 
 
@@ -518,8 +526,9 @@ def _settings_beside(stage: str) -> str | None:
     return settings_beside(stage)
 
 
-def _cluster(cpus: int | None) -> Cluster:
-    return Cluster(dashboard=True) if cpus is None else Cluster(cpus=cpus, dashboard=True)
+def _cluster(cpus: int | None, address: str | None = None) -> Cluster:
+    cluster = Cluster(dashboard=True) if cpus is None else Cluster(cpus=cpus, dashboard=True)
+    return cluster if address is None else replace(cluster, address=address)
 
 
 def _columns(url: str, caption: str) -> Any:
@@ -587,7 +596,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ArmchairError as error:
         print(f"armchair: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except StoreError as error:
+    except (StoreError, ClusterError) as error:
         print(f"armchair: {error}", file=sys.stderr)
         sys.exit(3)
     except BrokenPipeError:  # `armchair status | head`: the reader has seen enough

@@ -6,6 +6,7 @@ One server and one worker for the file, on the session's Ray. The commands that 
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,14 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
-from infra.store import LocalStore
+from infra.store import LocalStore, open_store
 from ops.demo_web import DemoWeb, serve
 from ops.shards import committed_generations
+from ops.trained import latest_checkpoint
+from tests.ops.conftest import Learned
 from tests.pairs import assert_conserved, generated, rows
+from tests.ray_head import ray_head
+from tests.small_runs import TRANSFORMER, TRANSFORMER_TRAINING
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -51,6 +56,13 @@ def line_of_page(start: str) -> list[str]:
     """The one command of docs/nightly.md that starts so."""
     (line,) = {line.partition("  #")[0].strip() for line in COMMANDS if line.startswith(start)}
     return shlex.split(line)
+
+
+def flow_of(entrypoint: str) -> str:
+    """The name of the flow at path/to/file.py:function."""
+    path, _, function = entrypoint.partition(":")
+    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), function)
+    return str(flow.name)
 
 
 def wait_for(what: str, is_so: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
@@ -115,8 +127,8 @@ class Prefect:
         connection.close()
         return answer.status, text
 
-    def deployment(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(f"/deployments/name/ingest/{name}")
+    def deployment(self, name: str, flow: str = "ingest") -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(f"/deployments/name/{flow}/{name}")
         return found
 
     def runs(self) -> list[dict[str, Any]]:
@@ -202,17 +214,22 @@ def night(prefect: Prefect) -> Iterator[Night]:
 
 def test_the_page_deploys_what_the_file_says_and_schedules_create_runs(prefect: Prefect) -> None:
     for declared in YAML["deployments"]:
-        found = prefect.deployment(declared["name"])
+        found = prefect.deployment(declared["name"], flow_of(declared["entrypoint"]))
         assert found["entrypoint"] == declared["entrypoint"]
         assert found["parameters"] == declared["parameters"]
         assert found["global_concurrency_limit"]["limit"] == 1
         assert found["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
-        (schedule,) = found["schedules"]
-        assert schedule["active"] is declared["schedules"][0].get("active", True)
+        declares = [schedule.get("active", True) for schedule in declared.get("schedules", [])]
+        assert [schedule["active"] for schedule in found["schedules"]] == declares
         assert found["pull_steps"] == [{"prefect.deployments.steps.set_working_directory": {"directory": str(REPO)}}]
     nightly = prefect.deployment("nightly")
     fields = nightly["parameter_openapi_schema"]["definitions"]["FetchSettings"]["properties"]
     assert fields["deadline_s"]["description"], "the docstring of a setting is its help in the form"
+    training = prefect.deployment("default", "train-transformer")
+    fields = training["parameter_openapi_schema"]["definitions"]["TransformerSettings"]["properties"]
+    assert fields["width"]["description"]
+    settings = prefect.deployment("default", "build")["parameter_openapi_schema"]["properties"]["settings"]
+    assert [kind.get("type", "an object") for kind in settings["anyOf"]] == ["an object", "string"]
     of_nightly = {"deployments": {"id": {"any_": [nightly["id"]]}}}
     assert wait_for("the cron has runs to come", lambda: prefect.ask("/flow_runs/filter", of_nightly), 30)
 
@@ -332,6 +349,32 @@ def test_after_a_machine_died_the_run_is_crashed_and_only_what_is_missing_is_don
     assert_conserved(night.store, night.pairs)
     assert night.asked(done) == asked
     assert set(night.asked(new)) == {url.removeprefix(night.web.url).partition("?")[0] for url, _ in new}
+
+
+def test_a_training_is_given_to_a_cluster_as_one_job_and_ends_as_on_a_laptop(
+    prefect: Prefect, learned: Learned, tmp_path: Path
+) -> None:
+    into = tmp_path / "model"
+    with ray_head() as head:
+        parameters = {
+            "tokens": str(learned.tokens),
+            "into": str(into),
+            "transformer": asdict(TRANSFORMER),
+            "training": asdict(TRANSFORMER_TRAINING),
+            "place": {"threads": 1},
+            "cluster": {"address": head.server},
+        }
+        given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
+        ended = prefect.run("prefect", "deployment", "run", "train-transformer/default", "--watch", *given)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "Completed" in ended.stdout
+        jobs = [job["metadata"]["into"] for job in json.loads(urlopen(f"{head.server}/api/jobs/").read())
+                if job["type"] == "SUBMISSION"]  # fmt: skip
+    assert jobs == [str(into)]
+    here, there = latest_checkpoint(open_store(str(learned.model))), latest_checkpoint(open_store(str(into)))
+    assert here is not None
+    assert there is not None
+    assert there.digest == here.digest
 
 
 @contextmanager

@@ -104,10 +104,17 @@ def test_a_training_shows_its_last_evaluation_and_its_last_sheet(learned: Learne
     train_tokenizer(str(learned.pairs), str(learned.tokenizer), DVAE, TOKENIZER_TRAINING)
     state, artifacts = flow_runs(str(learned.tokenizer))["train-tokenizer"]
     assert state == "Completed"
-    assert kinds(artifacts) == {"progress": "progress", "report": "markdown", "sheet": "markdown"}
+    assert kinds(artifacts) == {
+        "progress": "progress",
+        "report": "markdown",
+        "sheet": "markdown",
+        "curves": "markdown",
+    }
     shown = {what.split("-")[0]: row["data"] for what, row in artifacts.items()}
     assert "psnr_db" in shown["report"]
     assert "data:image/png;base64," in shown["sheet"]
+    assert "data:image/svg+xml;base64," in shown["curves"]
+    assert "# tokenizer: step 20 of 20" in shown["curves"]
 
 
 def test_shards_that_are_left_are_told_in_a_table_and_the_rest_counts(tmp_path: Path) -> None:
