@@ -191,7 +191,7 @@ def describe(targets: list[Target], seconds: float) -> str:
     for target in targets:
         in_writing = sum(met.in_writing for met in target.kills)
         lines.append(
-            f"{target.job.kind}, {target.place.workers} workers: {len(target.kills)} kills "
+            f"{target.job.kind}, {target.place.workers} workers{', sharded' * target.place.sharded}: {len(target.kills)} kills "
             f"({', '.join(met.victim for met in target.kills)}), {in_writing} within the writing of a checkpoint; "
             f"stopped at step {target.committed}, after {len(read_runs(open_store(target.job.into)))} runs"
         )
