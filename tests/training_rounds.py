@@ -190,8 +190,9 @@ def describe(targets: list[Target], seconds: float) -> str:
     lines = [f"{sum(len(target.kills) for target in targets)} kills of trainings in {seconds:.0f} s"]
     for target in targets:
         in_writing = sum(met.in_writing for met in target.kills)
+        how = f"{target.place.workers} workers{', sharded' if target.place.sharded else ''}"
         lines.append(
-            f"{target.job.kind}, {target.place.workers} workers{', sharded' * target.place.sharded}: {len(target.kills)} kills "
+            f"{target.job.kind}, {how}: {len(target.kills)} kills "
             f"({', '.join(met.victim for met in target.kills)}), {in_writing} within the writing of a checkpoint; "
             f"stopped at step {target.committed}, after {len(read_runs(open_store(target.job.into)))} runs"
         )

@@ -1,4 +1,4 @@
-"""Twelve kills for each of the two models, over one worker and two, copies and shares. Twin: tests/ops/test_training.py."""
+"""Twelve kills for each of the two models: one worker and two, copies and shares. Twin: tests/ops/test_training.py."""
 
 from __future__ import annotations
 
