@@ -9,6 +9,7 @@ Paper: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation" (arXiv 2102.1209
     text.py            captions to tokens                     §2.2
     attention.py       row, column and convolutional masks    App. B.1
     transformer.py     stage two, text and codes              §2.2, App. B
+    blocks.py          a block recomputed, or compiled
     sampling.py        pictures from a prompt                 §2.6
     schedules.py, optimizer.py, ema.py                        App. A.2, B.2
 

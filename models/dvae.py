@@ -226,6 +226,11 @@ class Dvae(nn.Module):
         self.encoder = Encoder(settings)
         self.decoder = Decoder(settings)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The groups of the encoder and of the decoder: what `models.blocks` works on."""
+        return [*self.encoder.groups, *self.decoder.groups]
+
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """logits_BVhw of q(z|x). Raises ValueError for pictures of another size, channel count or type."""
         expected = (3, self.image_size, self.image_size)

@@ -6,15 +6,11 @@ last text position the first code, each code the next one; the last output is no
 
 Pads are no tokens: each text position has a pad embedding of its own, and all positions attend to them (§2.2).
 Text and codes have separate heads, so that neither spends logits, nor top-k, on the other's vocabulary.
-
-Three switches of a model change its speed and memory, never its results but for their last bits: `flex`, `recompute`,
-and `compile_blocks`. They are attributes, not settings: whoever trains knows the machine.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Self
 
@@ -30,7 +26,6 @@ from models.attention import (
     LEAST_HEAD_WIDTH,
     Kind,
     SparseMask,
-    keep_compiled_forms,
     layer_kinds,
     mask,
     sparse_mask,
@@ -166,9 +161,6 @@ class Transformer(nn.Module):
         self.settings = settings
         # FlexAttention under the paper's masks; None: on a GPU, for sizes that its kernels take and gain from.
         self.flex: bool | None = None
-        # Keep only each block's input for the backward pass, and run the block again there: a third more work.
-        self.recompute = False
-        self._is_compiled = False
         D, T = settings.width, settings.text_positions
         self.tokens = nn.Embedding(settings.text_vocabulary, D)
         self.pads_TD = nn.Parameter(torch.empty(T, D))
@@ -229,29 +221,12 @@ class Transformer(nn.Module):
         has_blocks = settings.text_positions + settings.image_positions > BLOCK
         return device.type == "cuda" and has_blocks and settings.width // settings.heads >= LEAST_HEAD_WIDTH
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compiles each block where it stands: names and state stay. Equal blocks share their compiled form.
-
-        With FSDP2, shard first. Steps of sampling stay uncompiled: each has a mask of its own length.
-        """
-        keep_compiled_forms()
-        for block in self.blocks:
-            block.compile(backend=backend)
-        self._is_compiled = True
-
-    def _uncompiled(self) -> AbstractContextManager[object]:
-        return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
-
     def states(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
         """states_BSD after the last norm, over the whole sequence."""
         x_BSD = torch.cat([self.embed_text(text_BT), self.embed_codes(codes_BN)], dim=1)
         masks = {kind: self._mask_of_all(kind, x_BSD.device) for kind in set(self.kinds)}
         for block, kind in zip(self.blocks, self.kinds, strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                # Nothing in a block is random: no state of a generator has to be brought back.
-                x_BSD = checkpoint(block, x_BSD, masks[kind], use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BSD = block(x_BSD, masks[kind])
+            x_BSD = block(x_BSD, masks[kind])
         normed_BSD: Tensor = self.norm(x_BSD)
         return normed_BSD
 
@@ -285,9 +260,8 @@ class Transformer(nn.Module):
     def prefill(self, text_BT: Tensor, cache: Cache) -> Tensor:
         """Fills the cache with the caption and returns logits_BV of code 0. Text is causal in layers of every kind."""
         x_BTD = self.embed_text(text_BT)
-        with self._uncompiled():
-            for block, layer in zip(self.blocks, cache.layers, strict=True):
-                x_BTD = block(x_BTD, None, layer)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x_BTD = block(x_BTD, None, layer)
         logits_BV: Tensor = self.image_head(self.norm(x_BTD[:, -1]))
         return logits_BV
 
@@ -295,10 +269,9 @@ class Transformer(nn.Module):
         """Adds the code at raster position `position` to the cache and returns logits_BV of the next one."""
         at = self.settings.text_positions + position
         x_B1D = self.embed_codes(codes_B[:, None], position)
-        with self._uncompiled():
-            for block, kind, layer in zip(self.blocks, self.kinds, cache.layers, strict=True):
-                mask_SS = self._mask(kind)
-                x_B1D = block(x_B1D, None if mask_SS is None else mask_SS[at : at + 1, : at + 1], layer, at)
+        for block, kind, layer in zip(self.blocks, self.kinds, cache.layers, strict=True):
+            mask_SS = self._mask(kind)
+            x_B1D = block(x_B1D, None if mask_SS is None else mask_SS[at : at + 1, : at + 1], layer, at)
         logits_BV: Tensor = self.image_head(self.norm(x_B1D[:, 0]))
         return logits_BV
 

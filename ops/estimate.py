@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import blocks
 from models.attention import layer_kinds, mask
 from models.dvae import Block as DvaeBlock
 from models.dvae import Dvae, DvaeSettings
@@ -136,7 +137,7 @@ def pass_bytes(
     with FakeTensorMode():
         model = _model(settings)
         if recompute:
-            model.recompute = True  # type: ignore[assignment]
+            blocks.recompute(model.blocks)
         if precision == "bf16":
             # The copies of weights that autocast makes are counted apart: where weights are sharded there are none.
             for part in model.modules():
@@ -160,7 +161,7 @@ def _forget_gradient(weight: Tensor) -> None:
     weight.grad = None  # it is added to a gradient that is counted among the gradients
 
 
-def _model(settings: ModelSettings) -> nn.Module:
+def _model(settings: ModelSettings) -> Dvae | Transformer:
     return Dvae(settings) if isinstance(settings, DvaeSettings) else Transformer(settings)
 
 

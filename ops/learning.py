@@ -59,16 +59,14 @@ class Batch:
 class Learning:
     """One model, ready to be trained.
 
-    `build` makes its structure, `initial` with the weights of step 0 (once, on rank 0's CPU); `blocks(model)` are its
-    parts that are compiled, recomputed and sharded one by one. `batch(start, stop)` reads the positions from start up
-    to stop without holes; None if only holes are left. It runs in another thread, ahead of the step. `measure(forward,
-    batch, step)` gives the totals named in `measures`; the objective is the sum of weight · mean over `objective`.
-    `evaluate(model, step)` and `sheet(model)` get the weights that are published, and are called on all ranks together:
-    each does its part of the work; the sheet is rank 0's.
+    `build` makes its structure, `initial` with the weights of step 0 (once, on rank 0's CPU). `batch(start, stop)`
+    reads the positions from start up to stop without holes; None if only holes are left. It runs in another thread,
+    ahead of the step. `measure(forward, batch, step)` gives the totals named in `measures`; the objective is the sum of
+    weight · mean over `objective`. `evaluate(model, step)` and `sheet(model)` get the weights that are published, and
+    are called on all ranks together: each does its part of the work; the sheet is rank 0's.
     """
 
     build: Callable[[], nn.Module]
-    blocks: Callable[[Any], Sequence[nn.Module]]
     initial: Callable[[], nn.Module]
     about: dict[str, Any]
     measures: tuple[str, ...]
@@ -177,7 +175,6 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
 
     return Learning(
         build=lambda: Dvae(settings),
-        blocks=lambda dvae: [*dvae.encoder.groups, *dvae.decoder.groups],
         initial=initial,
         about={"kind": "dvae", "settings": asdict(settings)},
         measures=("nats_per_dim", "distortion_nats", "kl_nats", "usage"),
@@ -270,7 +267,6 @@ def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker)
     }
     return Learning(
         build=lambda: Transformer(settings),
-        blocks=lambda model: list(model.blocks),
         initial=lambda: _seeded(lambda: Transformer(settings), training.seed),
         about={"kind": "transformer", "settings": asdict(settings), "bpe": sha256(bpe), "tokenizer": tokenizer},
         measures=tuple(objective),

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from models.attention import keep_compiled_forms
+from models.blocks import compile_each, recompute
 from ops.jobs import Worker
 
 Build = Callable[[], nn.Module]
-Blocks = Callable[[Any], Sequence[nn.Module]]
 
 
 class Spread:
@@ -30,22 +27,19 @@ class Spread:
     `weights` are this rank's tensors by the names of the whole model's parameters, fp32: whole ones, or its rows.
     """
 
-    def __init__(self, build: Build, blocks: Blocks, worker: Worker, precision: str, source: nn.Module | None) -> None:
-        """`build` makes the model's structure, `blocks` names the parts that are compiled, recomputed and sharded one
-        by one. `source` has the initial weights, on rank 0; None on all ranks leaves them for `restore` to fill."""
+    def __init__(self, build: Build, worker: Worker, precision: str, source: nn.Module | None) -> None:
+        """`build` makes the model's structure, whose `blocks` are recomputed, sharded and compiled one by one. `source`
+        has the initial weights, on rank 0; None on all ranks leaves them for `restore` to fill."""
         self._build, self._worker = build, worker
         self.is_sharded = worker.sharded and worker.world > 1
         model, has_source = self.skeleton(), any(worker.gather(source is not None))
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        for block in blocks(model) if worker.recompute else ():
-            # Inside of what FSDP2 wraps: a block's shares are put together once for its backward pass, not twice.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if worker.recompute:
+            recompute(model.blocks)
         if self.is_sharded:
-            self._shard(model, blocks(model), precision)
+            self._shard(model, precision)
         if worker.compile:
-            keep_compiled_forms()
-        for block in blocks(model) if worker.compile else ():
-            block.compile()
+            compile_each(model.blocks)
         _materialise(model, worker.device)
         self.model = model
         self.weights = {name: _own(parameter) for name, parameter in model.named_parameters()}
@@ -55,7 +49,7 @@ class Spread:
         if worker.world > 1 and not self.is_sharded:
             self.forward = _data_parallel(model, worker)
 
-    def skeleton(self) -> nn.Module:
+    def skeleton(self) -> Any:
         """The model without memory for its weights."""
         with torch.device("meta"):
             return self._build()
@@ -109,14 +103,14 @@ class Spread:
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in self.whole(tensors)}, assign=True)
         return model.to(self._worker.device).requires_grad_(False).eval()
 
-    def _shard(self, model: nn.Module, blocks: Sequence[nn.Module], precision: str) -> None:
+    def _shard(self, model: Any, precision: str) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         self._mesh = init_device_mesh(self._worker.device, (self._worker.world,))
         reduced = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         policy = reduced if precision == "bf16" else MixedPrecisionPolicy()
-        for module in (*blocks, model):
+        for module in (*model.blocks, model):
             fully_shard(module, mesh=self._mesh, mp_policy=policy)
         for part in model.modules():
             if isinstance(part, FSDPModule):

@@ -106,7 +106,7 @@ def run_loop(job: Job, worker: Worker, run: int, stop_after: int | None = None) 
         learning = LEARN[job.kind](job, store, read_snapshot(store), worker)
         checkpoint = _agreed_checkpoint(store, worker)
         source = learning.initial() if checkpoint is None and worker.rank == 0 else None
-        spread = Spread(learning.build, learning.blocks, worker, settings.precision, source)
+        spread = Spread(learning.build, worker, settings.precision, source)
         del source
         optimizer = _optimizer(spread, settings, worker)
         ema = Ema(spread.weights, settings.ema, settings.ema_every, settings.ema_warmup) if settings.ema else None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.blocks import recompute
 from models.dvae import Dvae, DvaeSettings
 from models.transformer import Transformer, TransformerSettings
 
@@ -64,7 +65,8 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     model = make(settings)
-    model.recompute = what["recompute"]
+    if what["recompute"]:
+        recompute(model.blocks)
     train(model, what["pictures"], what["device"])
     print((torch.cuda.max_memory_allocated() if what["device"] == "cuda" else resident("VmHWM")) - before)
 
