@@ -76,7 +76,8 @@ class Decoders:
         """Those of one of `world` ranks: children for all its cores but one, or threads where it has only a few.
 
         A step of many small operations keeps Python busy, and threads of its process wait for Python in turn; children
-        do not (tests/bench/read.py). With two cores a child takes one of them from the step.
+        do not. On two cores that showed only where nothing else ran, and a child took a core from the step
+        (tests/bench/read.py); with more cores it is not measured yet.
         """
         cores = cores_of_rank(world)
         return cls(place, size, threads=cores, processes=cores - 1 if cores >= PROCESSES_FROM_CORES else 0)

@@ -23,8 +23,9 @@ from ops.drops import list_drops, read_drop_list, url_hash
 from ops.errors import DamagedArtifact, StorageError
 from ops.find_pairs import Found, RowsFile, Stages, find_pairs, find_stages, read_row, rows_with
 from ops.lists import list_format
+from ops.order import Order, Place
 from ops.pictures import decode_stored, transformer_crop
-from ops.reader import JPEG_START, WINDOW_GROUPS, Order, Place
+from ops.reader import JPEG_START, WINDOW_GROUPS
 from ops.reasons import SUCCESS, Reason, reason_class
 from ops.recipes import RECIPE, read_json
 from ops.seeds import derived_seed, derived_share
