@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 ROOMS := pipelines ops models infra
+unexport PYTHONDONTWRITEBYTECODE # set, it makes each of the many processes of Ray and Prefect compile all that it imports
 
 .PHONY: setup check test demo bench chaos
 

@@ -58,6 +58,30 @@ class Cluster:
     """Whether a local Ray shows its dashboard; the run links to it."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """How a training is spread over machines. None of it bears identity: a run may go on with other values."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    workers: int = 1
+    """Training processes."""
+    most_workers: int | None = None
+    """Elastic: between `workers` and so many, as machines come and go."""
+    threads: int | None = None
+    """Threads of torch in each worker; None: this machine's cores shared among the workers."""
+    gpu: bool = False
+    """One GPU for each worker."""
+    sharded: bool = False
+    """Weights, gradients, averages and optimizer are split over the workers (FSDP2), not copied to each (DDP)."""
+    accumulate: int = 1
+    """Parts of a worker's batch that go through the model one after another, to save memory."""
+    recompute: bool = False
+    """Compute a block's activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile each block (torch.compile): minutes at the start, faster steps on a GPU."""
+
+
 def quiet_environment() -> None:
     """Sets the variables of `QUIET` that the user has not set. Called first thing by the command line."""
     for name, value in QUIET.items():

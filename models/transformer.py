@@ -6,11 +6,15 @@ last text position the first code, each code the next one; the last output is no
 
 Pads are no tokens: each text position has a pad embedding of its own, and all positions attend to them (§2.2).
 Text and codes have separate heads, so that neither spends logits, nor top-k, on the other's vocabulary.
+
+Three switches of a model change its speed and memory, never its results but for their last bits: `flex`, `recompute`,
+and `compile_blocks`. They are attributes, not settings: whoever trains knows the machine.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Self
 
@@ -21,8 +25,17 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import (
+    BLOCK,
+    LEAST_HEAD_WIDTH,
+    Kind,
+    SparseMask,
+    keep_compiled_forms,
+    layer_kinds,
+    mask,
+    sparse_mask,
+)
 from models.attention import Attention as AttentionPattern
-from models.attention import Kind, layer_kinds, mask
 from models.text import PAD
 
 Count = Annotated[int, Field(ge=1)]
@@ -78,14 +91,19 @@ class TransformerSettings:
 
 
 class Cache:
-    """Keys and values of every layer and position, allocated once: [2, B, K, S, E] a layer."""
+    """Keys and values of every layer and position, allocated once: [2, B, K, S, E] a layer.
+
+    In the precision that attention runs in: autocast's where it is on, else that of the weights.
+    """
 
     def __init__(self, model: Transformer, batch: int) -> None:
         settings = model.settings
         positions = settings.text_positions + settings.image_positions
         shape = (2, batch, settings.heads, positions, settings.width // settings.heads)
         weight = model.codes.weight
-        self.layers = [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(settings.layers)]
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        self.layers = [torch.empty(shape, dtype=dtype, device=weight.device) for _ in range(settings.layers)]
 
 
 class SelfAttention(nn.Module):
@@ -97,19 +115,27 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(settings.width, 3 * settings.width)
         self.out = nn.Linear(settings.width, settings.width)
 
-    def forward(self, x_BSD: Tensor, mask_SS: Tensor | None, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """Same shape. Without `mask_SS`: causal. With `cache` (2BKSE), `x_BSD` begins at position `start`."""
+    def forward(
+        self, x_BSD: Tensor, mask: Tensor | SparseMask | None, cache: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Same shape. `mask` is mask_SS, in blocks, or None: causal. With `cache` (2BKSE), which no mask in blocks goes
+        with, `x_BSD` begins at position `start`."""
         B, S, D = x_BSD.shape
+        if isinstance(mask, SparseMask):
+            x_BSD = mask.arranged(x_BSD)
         q_BKSE, k_BKSE, v_BKSE = self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         if cache is not None:
             end = start + S
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k_BKSE, v_BKSE
             k_BKSE, v_BKSE = cache[:, :, :, :end]
-        attended = F.scaled_dot_product_attention(
-            q_BKSE, k_BKSE, v_BKSE, attn_mask=mask_SS, is_causal=mask_SS is None and S > 1
-        )
+        if isinstance(mask, SparseMask):
+            attended = mask.attend(q_BKSE, k_BKSE, v_BKSE)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q_BKSE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=mask is None and S > 1
+            )
         out_BSD: Tensor = self.out(attended.transpose(1, 2).reshape(B, S, D))
-        return out_BSD
+        return mask.arranged(out_BSD) if isinstance(mask, SparseMask) else out_BSD
 
 
 class Block(nn.Module):
@@ -123,9 +149,11 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(settings.width, settings.mlp_ratio * settings.width)
         self.mlp_out = nn.Linear(settings.mlp_ratio * settings.width, settings.width)
 
-    def forward(self, x_BSD: Tensor, mask_SS: Tensor | None, cache: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, mask: Tensor | SparseMask | None, cache: Tensor | None = None, start: int = 0
+    ) -> Tensor:
         """Same shape; see `SelfAttention.forward`."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), mask_SS, cache, start)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), mask, cache, start)
         out_BSD: Tensor = x_BSD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BSD)), approximate="tanh"))
         return out_BSD
 
@@ -136,6 +164,11 @@ class Transformer(nn.Module):
     def __init__(self, settings: TransformerSettings) -> None:
         super().__init__()
         self.settings = settings
+        # FlexAttention under the paper's masks; None: on a GPU, for sizes that its kernels take and gain from.
+        self.flex: bool | None = None
+        # Keep only each block's input for the backward pass, and run the block again there: a third more work.
+        self.recompute = False
+        self._is_compiled = False
         D, T = settings.width, settings.text_positions
         self.tokens = nn.Embedding(settings.text_vocabulary, D)
         self.pads_TD = nn.Parameter(torch.empty(T, D))
@@ -182,11 +215,43 @@ class Transformer(nn.Module):
     def _mask(self, kind: Kind) -> Tensor | None:
         return None if kind == "dense" else self.get_buffer(f"mask_{kind}")
 
+    def _mask_of_all(self, kind: Kind, device: torch.device) -> Tensor | SparseMask | None:
+        """The mask of a layer that sees the whole sequence. A dense one has a kernel of its own, the causal one."""
+        if kind == "dense" or not self._uses_flex(device):
+            return self._mask(kind)
+        settings = self.settings
+        return sparse_mask(kind, settings.text_positions, settings.grid, settings.conv_kernel, device)
+
+    def _uses_flex(self, device: torch.device) -> bool:
+        if self.flex is not None:
+            return self.flex
+        settings = self.settings
+        has_blocks = settings.text_positions + settings.image_positions > BLOCK
+        return device.type == "cuda" and has_blocks and settings.width // settings.heads >= LEAST_HEAD_WIDTH
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles each block where it stands: names and state stay. Equal blocks share their compiled form.
+
+        With FSDP2, shard first. Steps of sampling stay uncompiled: each has a mask of its own length.
+        """
+        keep_compiled_forms()
+        for block in self.blocks:
+            block.compile(backend=backend)
+        self._is_compiled = True
+
+    def _uncompiled(self) -> AbstractContextManager[object]:
+        return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
+
     def states(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
         """states_BSD after the last norm, over the whole sequence."""
         x_BSD = torch.cat([self.embed_text(text_BT), self.embed_codes(codes_BN)], dim=1)
+        masks = {kind: self._mask_of_all(kind, x_BSD.device) for kind in set(self.kinds)}
         for block, kind in zip(self.blocks, self.kinds, strict=True):
-            x_BSD = block(x_BSD, self._mask(kind))
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing in a block is random: no state of a generator has to be brought back.
+                x_BSD = checkpoint(block, x_BSD, masks[kind], use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BSD = block(x_BSD, masks[kind])
         normed_BSD: Tensor = self.norm(x_BSD)
         return normed_BSD
 
@@ -220,8 +285,9 @@ class Transformer(nn.Module):
     def prefill(self, text_BT: Tensor, cache: Cache) -> Tensor:
         """Fills the cache with the caption and returns logits_BV of code 0. Text is causal in layers of every kind."""
         x_BTD = self.embed_text(text_BT)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x_BTD = block(x_BTD, None, layer)
+        with self._uncompiled():
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                x_BTD = block(x_BTD, None, layer)
         logits_BV: Tensor = self.image_head(self.norm(x_BTD[:, -1]))
         return logits_BV
 
@@ -229,9 +295,10 @@ class Transformer(nn.Module):
         """Adds the code at raster position `position` to the cache and returns logits_BV of the next one."""
         at = self.settings.text_positions + position
         x_B1D = self.embed_codes(codes_B[:, None], position)
-        for block, kind, layer in zip(self.blocks, self.kinds, cache.layers, strict=True):
-            mask_SS = self._mask(kind)
-            x_B1D = block(x_B1D, None if mask_SS is None else mask_SS[at : at + 1, : at + 1], layer, at)
+        with self._uncompiled():
+            for block, kind, layer in zip(self.blocks, self.kinds, cache.layers, strict=True):
+                mask_SS = self._mask(kind)
+                x_B1D = block(x_B1D, None if mask_SS is None else mask_SS[at : at + 1, : at + 1], layer, at)
         logits_BV: Tensor = self.image_head(self.norm(x_B1D[:, 0]))
         return logits_BV
 

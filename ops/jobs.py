@@ -1,4 +1,4 @@
-"""What is to be trained, how, and where: the settings of a training, a job, and one rank of its workers.
+"""What is to be trained and how: the settings of a training, a job, and one rank of its workers.
 
 May not live here: how any of it is done (ops/training.py, ops/training_loop.py, ops/learning.py).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -21,6 +21,7 @@ from models.transformer import TransformerSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -39,7 +40,10 @@ class TrainSettings:
     final_learning_rate: NotNegative = 1.4e-5
     """Learning rate that the schedule ends with (the paper halved it five times on plateaus)."""
     schedule: Shape = "half_cosine"
-    """How the rate falls: half a cosine; not at all; or "wsd", constant and then linear over the last fifth."""
+    """How the rate falls: half a cosine; not at all; "wsd", constant and then linear over the last fifth; or "plateau",
+    halved whenever the mean loss between checkpoints stops falling (the paper's, App. B.2)."""
+    plateau_patience: Count = 3
+    """Checkpoints in a row without a lower mean loss after which "plateau" halves the rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5_000
     """Updates of linear warm-up."""
     decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -52,6 +56,8 @@ class TrainSettings:
     """AdamW's ε."""
     weight_decay: NotNegative = 4.5e-2
     """AdamW's decoupled weight decay, on matrices and kernels only."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Numbers of the forward and backward pass; weights, sums over workers and optimizer stay fp32 in both."""
     clip: NotNegative = 4.0
     """Largest norm of the whole gradient; 0: unclipped."""
     ema: Share = 0.99
@@ -61,7 +67,7 @@ class TrainSettings:
     ema_warmup: bool = False
     """Decay min(ema, (1 + t)/(10 + t)) at averaging t, for runs that are not much longer than 1/(1 − ema)."""
     checkpoint_every: Count = 5_000
-    """Updates between checkpoints, each with an evaluation and a sheet of pictures."""
+    """Updates between checkpoints, each with an evaluation and a sheet of pictures. Written while training goes on."""
     keep_checkpoints: Count = 3
     """Checkpoints kept; older ones are removed when a new one is committed. Sheets and metrics stay."""
     log_every: Count = 10
@@ -115,17 +121,6 @@ class TransformerTrainSettings(TrainSettings):
 
 
 @plain_dataclass(frozen=True)
-class Place:
-    """Where a run runs. None of it bears identity: a run may start on a laptop and finish on a cluster."""
-
-    workers: int = 1
-    threads: int | None = None
-    """Threads of torch in each worker; None: this machine's cores shared among the workers."""
-    gpu: bool = False
-    """One GPU for each worker."""
-
-
-@plain_dataclass(frozen=True)
 class Job:
     """What to train, from what, into where. `source` is PAIRS (tokenizer) or TOKENS (transformer).
 
@@ -142,13 +137,21 @@ class Job:
 
 @plain_dataclass(frozen=True)
 class Worker:
-    """One rank of a run. `report` is told each checkpoint's step and metrics, on every rank."""
+    """One rank of a run, and how it computes. None of it bears identity.
+
+    `report` is told each checkpoint's step and metrics, on every rank; `tell` each row of the metrics, on rank 0.
+    """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
     threads: int | None = None
+    sharded: bool = False
+    accumulate: int = 1
+    recompute: bool = False
+    compile: bool = False
     report: Callable[[dict[str, Any]], None] = lambda metrics: None
+    tell: Callable[[dict[str, Any]], None] = lambda row: None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -157,3 +160,22 @@ class Worker:
 
             distributed.all_reduce(tensor)
         return tensor
+
+    def gather(self, mine: T) -> list[T]:
+        """What each rank gave, in the order of ranks, on every rank. For small things: they are pickled."""
+        if self.world == 1:
+            return [mine]
+        from torch import distributed
+
+        parts: list[Any] = [None] * self.world
+        distributed.all_gather_object(parts, mine)
+        return parts
+
+    def part(self, count: int, rank: int | None = None) -> tuple[int, int]:
+        """(first, stop) of this rank's contiguous part of `count` things; the last ranks may have less, or nothing.
+
+        >>> [Worker(rank, 3).part(7) for rank in range(3)]
+        [(0, 3), (3, 6), (6, 7)]
+        """
+        share, rank = -(-count // self.world), self.rank if rank is None else rank
+        return min(rank * share, count), min((rank + 1) * share, count)

@@ -7,9 +7,7 @@ be split over workers. May not live here: optimizers, checkpoints, Ray.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -19,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from infra.store import Store, open_store
-from models.dvae import Dvae, DvaeSettings, dvae_loss, evaluate_batch, perplexity_and_used, psnr_db
+from models.dvae import Dvae, DvaeEvaluation, DvaeSettings, evaluate_batch, perplexity_and_used, psnr_db
 from models.sampling import sample
 from models.schedules import half_cosine
-from models.text import CaptionTokenizer, train_bpe
+from models.text import PAD, CaptionTokenizer, train_bpe
 from models.transformer import Transformer, TransformerSettings
-from ops.errors import DamagedArtifact, UsageError
+from ops.decoding import Decoders, Stored
+from ops.errors import UsageError
 from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings, Worker
-from ops.pictures import decode_stored, tokenizer_crop
-from ops.reader import Codes, Reader, Row, codes_reader, pictures_reader
+from ops.reader import Codes, Reader, Row, Share, codes_reader, pictures_reader
 from ops.recipes import sha256
 from ops.seeds import derived_seed, derived_share
 from ops.sheets import Cell, draw_sheet, to_pixels
@@ -43,94 +41,111 @@ SHEET_PICTURES = 16
 BPE_CAPTIONS = 1_000_000
 """Captions that the BPE is trained on, at most: more change no merge that matters and cost minutes."""
 
-Measured = dict[str, tuple[Tensor, float]]
-"""Name -> (sum over this part of the batch, how many it is a sum of); the mean of all workers' parts is what counts."""
+Totals = dict[str, Tensor]
+"""Name -> a sum over one part of a batch. Divided by the sum of its counts over all parts, it is what is measured."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A part of a batch: what `measure` reads, and what its totals will be sums of. A filler counts for nothing: it
+    goes through the model where a rank has holes only, since the ranks sum their gradients together."""
+
+    inputs: tuple[Any, ...]
+    counts: dict[str, float]
+    is_filler: bool = False
 
 
 @dataclass(frozen=True)
 class Learning:
     """One model, ready to be trained.
 
-    `batch(start, stop)` reads the positions start … stop - 1 without holes; None if only holes are left. It runs in
-    another thread, ahead of the step. `measure(batch, step)` gives the sums named in `measures`; it is called on every
-    rank at every step, with None for a part that is all holes. The objective is the sum of weight · mean over
-    `objective`. `evaluate(model, step)` and `sheet(model)` get the weights that would be published.
+    `build` makes its structure, `initial` with the weights of step 0 (once, on rank 0's CPU); `blocks(model)` are its
+    parts that are compiled, recomputed and sharded one by one. `batch(start, stop)` reads the positions from start up
+    to stop without holes; None if only holes are left. It runs in another thread, ahead of the step. `measure(forward,
+    batch, step)` gives the totals named in `measures`; the objective is the sum of weight · mean over `objective`.
+    `evaluate(model, step)` and `sheet(model)` get the weights that are published, and are called on all ranks together:
+    each does its part of the work; the sheet is rank 0's.
     """
 
-    model: nn.Module
+    build: Callable[[], nn.Module]
+    blocks: Callable[[Any], Sequence[nn.Module]]
+    initial: Callable[[], nn.Module]
     about: dict[str, Any]
     measures: tuple[str, ...]
     objective: dict[str, float]
-    initialise: Callable[[], None]
-    batch: Callable[[int, int], Any]
-    measure: Callable[[Any, int], Measured]
+    batch: Callable[[int, int], Batch | None]
+    filler: Callable[[], Batch]
+    measure: Callable[[Callable[..., Any], Batch, int], Totals]
     evaluate: Callable[[Any, int], dict[str, Any]]
-    sheet: Callable[[Any], bytes]
+    sheet: Callable[[Any], bytes | None]
 
 
 def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -> Learning:
     """The discrete VAE on pictures of PAIRS (paper, §2.1)."""
     assert isinstance(job.model, DvaeSettings)
     settings, training = job.model, _tokenizer_training(job)
-    dvae = _seeded(lambda: Dvae(settings), training.seed).to(worker.device)
-    reader = pictures_reader(open_store(job.source), snapshot, training.seed)
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // worker.world), thread_name_prefix="decode")
+    share = Share.of_rank(training.batch, worker.rank, worker.world)  # as the loop cuts a batch
+    reader = pictures_reader(open_store(job.source), snapshot, training.seed, share=share)
+    decoders = Decoders.of_rank(job.source, settings.image_size, worker.world)
 
     def images(rows: Sequence[Row[bytes]], *, crop: bool, flip: bool) -> Tensor:
-        def pixels(row: Row[bytes]) -> Any:
-            rng = np.random.default_rng(derived_seed("crop", training.seed, row.position))
-            try:
-                picture = decode_stored(row.payload)
-            except ValueError as error:
-                raise DamagedArtifact(f"{job.source}, picture {row.uid}", "a sound JPEG", str(error)) from error
-            return tokenizer_crop(picture, settings.image_size, rng, crop=crop, flip=flip)
+        pictures = [Stored(row.uid, row.payload, derived_seed("crop", training.seed, row.position)) for row in rows]
+        return images_of(decoders.crops(pictures, crop=crop, flip=flip))
 
-        return images_of(np.stack(list(pool.map(pixels, rows))))
+    def prepared(pixels_BCHW: Tensor, seeds: list[int], *, is_filler: bool = False) -> Batch:
+        B, codes = len(seeds), len(seeds) * settings.grid**2
+        counts = {"nats_per_dim": B, "distortion_nats": B, "kl_nats": B, "usage": codes}
+        return Batch((pixels_BCHW, seeds), _counts(counts, is_filler), is_filler)
 
-    def batch(start: int, stop: int) -> tuple[Tensor, list[int]] | None:
+    def batch(start: int, stop: int) -> Batch | None:
         rows = list(reader.rows(start, stop))
         if not rows:
             return None
         seeds = [derived_seed("gumbel", training.seed, row.position) for row in rows]
-        return images(rows, crop=training.random_crops, flip=training.flips), seeds
+        return prepared(images(rows, crop=training.random_crops, flip=training.flips), seeds)
 
-    def measure(of: tuple[Tensor, list[int]] | None, step: int) -> Measured:
-        if of is None:
-            log_ratio_to_uniform(torch.zeros(settings.vocabulary, device=worker.device), 0)
-            return {}
-        images_BCHW, seeds_B = of[0].to(worker.device, non_blocking=True), of[1]
-        loss = dvae_loss(dvae, images_BCHW, seeds_B, step)
-        B, codes = len(seeds_B), len(seeds_B) * settings.grid**2
-        log_ratio_V = log_ratio_to_uniform(loss.mean_q_V.detach() * codes, codes)
+    def filler() -> Batch:
+        return prepared(torch.zeros(1, 3, settings.image_size, settings.image_size), [0], is_filler=True)
+
+    def measure(forward: Callable[..., Any], of: Batch, step: int) -> Totals:
+        images_BCHW, seeds_B = of.inputs[0].to(worker.device, non_blocking=True), of.inputs[1]
+        loss = forward(images_BCHW, seeds_B, step)
+        codes = 0 if of.is_filler else len(seeds_B) * settings.grid**2
+        q_sum_V = loss.mean_q_V * codes
         return {
-            "nats_per_dim": (loss.loss_B.sum(), B),
-            "distortion_nats": (loss.distortion_B.sum(), B),
-            "kl_nats": (loss.kl_B.sum(), B),
+            "nats_per_dim": loss.loss_B.sum(),
+            "distortion_nats": loss.distortion_B.sum(),
+            "kl_nats": loss.kl_B.sum(),
             # Σ q·ln(m·V) with m, the mean q of *all* workers, held constant: the value is KL(m ‖ uniform), and so is
             # the gradient, for the rest of it, Σ q·∂ln m, is the gradient of Σ m = 1.
-            "usage": ((loss.mean_q_V * codes * log_ratio_V).sum(), codes),
+            "usage": (q_sum_V * log_ratio_to_uniform(q_sum_V.detach(), codes)).sum(),
         }
 
     def log_ratio_to_uniform(q_sum_V: Tensor, codes: int) -> Tensor:
         summed = worker.sum(torch.cat([q_sum_V, q_sum_V.new_tensor([float(codes)])]))
         return (settings.vocabulary * summed[:-1] / summed[-1].clamp(min=1.0)).clamp(min=1e-12).log()
 
-    def initialise() -> None:
+    def initial() -> nn.Module:
+        dvae = _seeded(lambda: Dvae(settings), training.seed)
         # Rows thinned by their weight are holes: look further for as many pictures.
-        rows = list(islice(reader.rows(0, 20 * INITIALISE_PICTURES), INITIALISE_PICTURES))
-        if settings.logit_std is not None and rows:
-            dvae.initialise_on(images(rows, crop=training.random_crops, flip=training.flips).to(worker.device))
+        within = (0, 20 * INITIALISE_PICTURES)
+        rows = list(islice(reader.rows(*within), INITIALISE_PICTURES)) if settings.logit_std is not None else []
+        if rows:
+            dvae.initialise_on(images(rows, crop=training.random_crops, flip=training.flips))
+        return dvae
 
     shown_rows, on = _fixed_rows(reader, max(training.evaluate_pictures, SHEET_PICTURES))
     shown_BCHW = images(shown_rows, crop=False, flip=False)
 
     def evaluate(model: Dvae, step: int) -> dict[str, Any]:
         tau = half_cosine(step, settings.tau_start, settings.tau_end, settings.tau_steps)
-        parts = []
-        for first in range(0, min(training.evaluate_pictures, len(shown_BCHW)), EVALUATION_BATCH):
-            some_BCHW = shown_BCHW[first : first + EVALUATION_BATCH].to(worker.device)
+        begin, end = worker.part(min(training.evaluate_pictures, len(shown_BCHW)))
+        mine: list[DvaeEvaluation] = []
+        for first in range(begin, end, EVALUATION_BATCH):
+            some_BCHW = shown_BCHW[first : min(first + EVALUATION_BATCH, end)].to(worker.device)
             seeds = [derived_seed("evaluate", training.seed, first + i) for i in range(len(some_BCHW))]
-            parts.append(evaluate_batch(model, some_BCHW, tau, seeds))
+            mine.append(_on_cpu(evaluate_batch(model, some_BCHW, tau, seeds)))
+        parts = [part for of_rank in worker.gather(mine) for part in of_rank]
         if not parts:
             return {}
         perplexity, used = perplexity_and_used(torch.cat([part.codes_BN for part in parts]), settings.vocabulary)
@@ -150,16 +165,29 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
             "tau": tau,
         }
 
-    def sheet(model: Dvae) -> bytes:
-        some_BCHW = shown_BCHW[:SHEET_PICTURES].to(worker.device)
-        drawn = to_pixels(model.decode(model.encode(some_BCHW)))
-        rows = [[Cell(pixels) for pixels in to_pixels(some_BCHW)], [Cell(pixels) for pixels in drawn]]
+    def sheet(model: Dvae) -> bytes | None:
+        begin, end = worker.part(len(shown_BCHW[:SHEET_PICTURES]))
+        some_BCHW = shown_BCHW[begin:end].to(worker.device)
+        mine: Any = to_pixels(model.decode(model.encode(some_BCHW))) if len(some_BCHW) else []
+        drawn = [pixels for of_rank in worker.gather(mine) for pixels in of_rank]
+        if worker.rank:
+            return None
+        rows = [[Cell(pixels) for pixels in to_pixels(shown_BCHW[:SHEET_PICTURES])], [Cell(pixels) for pixels in drawn]]
         return draw_sheet(rows, f"{on.replace('_', ' ')} pictures, and below them what is left of them in codes")
 
-    about = {"kind": "dvae", "settings": asdict(settings)}
-    measures = ("nats_per_dim", "distortion_nats", "kl_nats", "usage")
-    objective = {"nats_per_dim": 1.0, "usage": settings.usage}
-    return Learning(dvae, about, measures, objective, initialise, batch, measure, evaluate, sheet)
+    return Learning(
+        build=lambda: Dvae(settings),
+        blocks=lambda dvae: [*dvae.encoder.groups, *dvae.decoder.groups],
+        initial=initial,
+        about={"kind": "dvae", "settings": asdict(settings)},
+        measures=("nats_per_dim", "distortion_nats", "kl_nats", "usage"),
+        objective={"nats_per_dim": 1.0, "usage": settings.usage},
+        batch=batch,
+        filler=filler,
+        measure=measure,
+        evaluate=evaluate,
+        sheet=sheet,
+    )
 
 
 def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -> Learning:
@@ -171,11 +199,14 @@ def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker)
     dvae.to(worker.device)
     bpe = into.read(BPE)
     captions = CaptionTokenizer.from_json(bpe.decode())
-    model = _seeded(lambda: Transformer(settings), training.seed).to(worker.device)
     reader = codes_reader(open_store(job.source), snapshot, training.seed, tokenizer)
     T = settings.text_positions
 
-    def batch(start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+    def prepared(text_BT: Tensor, codes_BN: Tensor, *, is_filler: bool = False) -> Batch:
+        counts = {"text_nats_per_token": int((text_BT[:, 1:] != PAD).sum()), "image_nats_per_code": codes_BN.numel()}
+        return Batch((text_BT, codes_BN), _counts(counts, is_filler), is_filler)
+
+    def batch(start: int, stop: int) -> Batch | None:
         rows = list(reader.rows(start, stop))
         if not rows:
             return None
@@ -184,17 +215,16 @@ def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker)
             is_dropped = derived_share("caption", training.seed, row.position) < settings.caption_dropout
             texts.append("" if is_dropped else row.caption)
         seeds = [derived_seed("bpe", training.seed, row.position) for row in rows]
-        return captions.encode(texts, T, dropout=settings.bpe_dropout, seeds=seeds), codes_of(rows)
+        return prepared(captions.encode(texts, T, dropout=settings.bpe_dropout, seeds=seeds), codes_of(rows))
 
-    def measure(of: tuple[Tensor, Tensor] | None, step: int) -> Measured:
-        if of is None:
-            return {}
-        text_BT, codes_BN = (part.to(worker.device, non_blocking=True) for part in of)
-        loss = model(text_BT, codes_BN)
-        return {
-            "text_nats_per_token": (loss.text_nats_B.sum(), float(loss.text_tokens_B.sum())),
-            "image_nats_per_code": (loss.image_nats_B.sum(), codes_BN.numel()),
-        }
+    def filler() -> Batch:
+        codes_BN = torch.zeros(1, settings.image_positions, dtype=torch.int64)
+        return prepared(captions.encode([""], T), codes_BN, is_filler=True)
+
+    def measure(forward: Callable[..., Any], of: Batch, step: int) -> Totals:
+        text_BT, codes_BN = (part.to(worker.device, non_blocking=True) for part in of.inputs)
+        loss = forward(text_BT, codes_BN)
+        return {"text_nats_per_token": loss.text_nats_B.sum(), "image_nats_per_code": loss.image_nats_B.sum()}
 
     shown_rows, on = _fixed_rows(reader, training.evaluate_pictures)
     prompts = list(training.prompts) or _fixed_prompts(reader)
@@ -217,11 +247,16 @@ def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker)
             "text_nats_per_token": scored["right"][1],
         }
 
-    def sheet(model: Transformer) -> bytes:
-        text_BT = captions.encode(prompts, T).to(worker.device)
-        seeds = [derived_seed("sheet", training.seed, number) for number in range(len(prompts))]
-        with torch.no_grad():
-            drawn = to_pixels(dvae.decode(sample(model, text_BT, job.sampling, seeds)))
+    def sheet(model: Transformer) -> bytes | None:
+        begin, end = worker.part(len(prompts))
+        mine: Any = []
+        if end > begin:
+            text_BT = captions.encode(prompts[begin:end], T).to(worker.device)
+            seeds = [derived_seed("sheet", training.seed, number) for number in range(begin, end)]
+            mine = to_pixels(dvae.decode(sample(model, text_BT, job.sampling, seeds)))
+        drawn = [pixels for of_rank in worker.gather(mine) for pixels in of_rank]
+        if worker.rank:
+            return None
         cells = [Cell(pixels, prompt) for pixels, prompt in zip(drawn, prompts, strict=True)]
         half = -(-len(cells) // 2)
         return draw_sheet(
@@ -229,12 +264,23 @@ def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker)
             f"the same prompts and seeds at every checkpoint, temperature {job.sampling.temperature}",
         )
 
-    about = {"kind": "transformer", "settings": asdict(settings), "bpe": sha256(bpe), "tokenizer": tokenizer}
     objective = {
         "text_nats_per_token": settings.text_loss_share,
         "image_nats_per_code": 1.0 - settings.text_loss_share,
     }
-    return Learning(model, about, tuple(objective), objective, lambda: None, batch, measure, evaluate, sheet)
+    return Learning(
+        build=lambda: Transformer(settings),
+        blocks=lambda model: list(model.blocks),
+        initial=lambda: _seeded(lambda: Transformer(settings), training.seed),
+        about={"kind": "transformer", "settings": asdict(settings), "bpe": sha256(bpe), "tokenizer": tokenizer},
+        measures=tuple(objective),
+        objective=objective,
+        batch=batch,
+        filler=filler,
+        measure=measure,
+        evaluate=evaluate,
+        sheet=sheet,
+    )
 
 
 LEARN = {"tokenizer": learn_tokenizer, "transformer": learn_transformer}
@@ -303,18 +349,28 @@ def _mean(parts_B: Sequence[Tensor]) -> float:
     return float(torch.cat(list(parts_B)).double().mean())
 
 
+def _counts(counts: dict[str, int], is_filler: bool) -> dict[str, float]:
+    return {name: 0.0 if is_filler else float(count) for name, count in counts.items()}
+
+
+def _on_cpu(evaluation: DvaeEvaluation) -> DvaeEvaluation:
+    return DvaeEvaluation(**{name: value.cpu() for name, value in vars(evaluation).items()})
+
+
 @torch.no_grad()
 def _score(
     model: Transformer, captions: CaptionTokenizer, texts: Sequence[str], rows: Sequence[Row[Codes]], worker: Worker
 ) -> tuple[float, float]:
-    """(nats a code, nats a text token) of the rows' codes under other texts, teacher-forced."""
-    image_nats, codes, text_nats, tokens = 0.0, 0, 0.0, 0
-    for first in range(0, len(rows), EVALUATION_BATCH):
-        some = slice(first, first + EVALUATION_BATCH)
+    """(nats a code, nats a text token) of the rows' codes under other texts; each rank scores a part of them."""
+    totals = torch.zeros(4, dtype=torch.float64, device=worker.device)
+    begin, end = worker.part(len(rows))
+    for first in range(begin, end, EVALUATION_BATCH):
+        some = slice(first, min(first + EVALUATION_BATCH, end))
         codes_BN = codes_of(rows[some]).to(worker.device)
         text_BT = captions.encode(texts[some], model.settings.text_positions).to(worker.device)
         loss = model(text_BT, codes_BN)
-        image_nats += float(loss.image_nats_B.double().sum())
-        text_nats += float(loss.text_nats_B.double().sum())
-        codes, tokens = codes + codes_BN.numel(), tokens + int(loss.text_tokens_B.sum())
+        counts = (codes_BN.numel(), loss.text_tokens_B.sum())
+        sums = (loss.image_nats_B.double().sum(), loss.text_nats_B.double().sum())
+        totals += torch.stack([torch.as_tensor(number, device=worker.device).double() for number in (*sums, *counts)])
+    image_nats, text_nats, codes, tokens = worker.sum(totals).tolist()
     return image_nats / codes, text_nats / tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -45,10 +46,15 @@ def read_json(store: Store, key: str, known_format: int = FORMAT) -> dict[str, A
     return parse_json(store.read(key), f"{store.location}/{key}", known_format)
 
 
-def parse_json(data: bytes, place: str, known_format: int = FORMAT) -> dict[str, Any]:
-    """The JSON object of ours in `data`, which was read from `place`. Raises DamagedArtifact or UnknownFormat."""
+def parse_json(
+    data: bytes, place: str, known_format: int = FORMAT, hook: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any]:
+    """The JSON object of ours in `data`, which was read from `place`. `hook` is what json makes of each object in it.
+
+    Raises DamagedArtifact or UnknownFormat.
+    """
     try:
-        found = json.loads(data)
+        found = json.loads(data, object_hook=hook)
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -7,16 +7,18 @@ shards that came later change nothing. May not live here: the order of rows, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from infra.store import Store
 from ops.drops import list_drops
 from ops.errors import StorageError, UsageError
 from ops.reasons import SUCCESS
-from ops.recipes import RECIPE, canonical_json, read_json, sha256
+from ops.recipes import RECIPE, canonical_json, parse_json, read_json, sha256
 from ops.shards import FileRef, Receipt, read_receipts, read_table
 
 if TYPE_CHECKING:
@@ -32,8 +34,7 @@ Kind = Literal["pictures", "codes"]
 Where = Mapping[str, str | list[str]]
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Consecutive rows of one shard's Parquet file, read together.
 
     `first` and `rows` count rows of the file; `train` and `held_out` are how many of them are selected. `crop` is the
@@ -47,7 +48,34 @@ class Group:
     crop: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The groups of a shard, packed: a large snapshot has a million of them.
+
+    >>> list(Groups.of([Group(0, 256, 250, 6), Group(256, 100, 99, 1)]))[1]
+    Group(first=256, rows=100, train=99, held_out=1, crop=0)
+    """
+
+    packed: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, groups: Iterable[Iterable[int]]) -> Groups:
+        """The numbers of each, in the order of the fields of `Group`."""
+        return cls(np.array([*groups], np.int32).tobytes())
+
+    @property
+    def table(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """int32 [groups, fields of Group]."""
+        return np.frombuffer(self.packed, np.int32).reshape(-1, len(Group._fields))
+
+    def __iter__(self) -> Iterator[Group]:
+        return map(Group._make, self.table.tolist())
+
+    def __len__(self) -> int:
+        return len(self.packed) // (4 * len(Group._fields))
+
+
+@dataclass(frozen=True, slots=True)
 class PinnedShard:
     """One shard as it stood when the snapshot was taken."""
 
@@ -55,7 +83,24 @@ class PinnedShard:
     generation: int
     receipt: str
     files: dict[str, FileRef]
-    groups: tuple[Group, ...]
+    groups: Groups
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `of_dict` reads."""
+        return {
+            "shard": self.shard,
+            "generation": self.generation,
+            "receipt": self.receipt,
+            "files": {name: vars(ref) for name, ref in self.files.items()},
+            "groups": [group._asdict() for group in self.groups],
+        }
+
+    @classmethod
+    def of_dict(cls, found: Mapping[str, Any]) -> PinnedShard:
+        """The shard that `as_dict` told of."""
+        files = {name: FileRef(**ref) for name, ref in found["files"].items()}
+        groups = Groups.of([group[name] for name in Group._fields] for group in found["groups"])
+        return cls(found["shard"], found["generation"], found["receipt"], files, groups)
 
 
 @dataclass(frozen=True)
@@ -76,7 +121,11 @@ class Snapshot:
 
     def to_json(self) -> bytes:
         """Equal snapshots give equal bytes."""
-        return canonical_json({"format": FORMAT, **asdict(self)})
+        told = {name: getattr(self, name) for name in ("kind", "where", "crops", "tokenizer", "drops")}
+        # Shard by shard, for as objects of Python the groups of all shards take ten times the memory of their text.
+        # Keys are sorted, so the first "shards":[] is ours; within a string its quotes would be escaped.
+        before, empty, after = canonical_json({"format": FORMAT, **told, "shards": []}).partition(b'"shards":[]')
+        return b"".join([before, empty[:-1], b",".join(canonical_json(s.as_dict()) for s in self.shards), b"]", after])
 
     @property
     def digest(self) -> str:
@@ -85,7 +134,8 @@ class Snapshot:
 
     def rows(self, split: str = TRAIN) -> int:
         """Selected rows of a split, each picture counted once however many crops it has."""
-        return sum(getattr(group, split) for shard in self.shards for group in shard.groups if group.crop == 0)
+        at, crop = Group._fields.index(split), Group._fields.index("crop")
+        return sum(int(table[table[:, crop] == 0, at].sum()) for table in (shard.groups.table for shard in self.shards))
 
 
 def source_fingerprint(source: Store, stage: str | None = None) -> str:
@@ -106,18 +156,18 @@ def source_fingerprint(source: Store, stage: str | None = None) -> str:
 
 def read_snapshot(into: Store) -> Snapshot:
     """The pinned snapshot of a trained stage. Raises FileNotFoundError, UnknownFormat."""
-    found = read_json(into, SNAPSHOT, FORMAT)
-    shards = tuple(
-        PinnedShard(
-            shard["shard"],
-            shard["generation"],
-            shard["receipt"],
-            {name: FileRef(**ref) for name, ref in shard["files"].items()},
-            tuple(Group(**group) for group in shard["groups"]),
-        )
-        for shard in found["shards"]
-    )
+    place = f"{into.location}/{SNAPSHOT}"
+    found = parse_json(into.read(SNAPSHOT), place, FORMAT, _pinned)
+    shards = tuple(found["shards"])
     return Snapshot(found["kind"], found["where"], found["crops"], found["tokenizer"], shards, tuple(found["drops"]))
+
+
+def _pinned(part: dict[str, Any]) -> PinnedShard | dict[str, Any]:
+    # While the text is parsed: of one shard at a time the groups are objects of Python.
+    return PinnedShard.of_dict(part) if part.keys() == _SHARD_KEYS else part
+
+
+_SHARD_KEYS = {"shard", "generation", "receipt", "files", "groups"}
 
 
 def take_snapshot(source: Store, kind: Kind, where: Where) -> Snapshot:
@@ -132,7 +182,7 @@ def take_snapshot(source: Store, kind: Kind, where: Where) -> Snapshot:
     if kind == "codes":
         crops, tokenizer = recipe["identity"]["tokens"]["crops"], recipe["inputs"]["tokenizer"]
         check_tokenizer(source, receipts, tokenizer)
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
         shards = tuple(pool.map(lambda receipt: _pin(source, receipt, kind, where, crops), receipts.values()))
     drops = tuple(list_drops(source))
     snapshot = Snapshot(kind, dict(where), crops, tokenizer, shards, drops)
@@ -174,7 +224,7 @@ def _pin(source: Store, receipt: Receipt, kind: Kind, where: Where, crops: int) 
         train, held_out = (int(masks[split][first : first + rows].sum()) for split in (TRAIN, HELD_OUT))
         groups.append(Group(first, rows, train, held_out, number // per_crop if kind == "codes" else 0))
         first += rows
-    return PinnedShard(receipt.shard, receipt.generation, receipt.digest, dict(receipt.files), tuple(groups))
+    return PinnedShard(receipt.shard, receipt.generation, receipt.digest, dict(receipt.files), Groups.of(groups))
 
 
 def read_schema_names(source: Store, receipt: Receipt) -> set[str]:

@@ -8,14 +8,19 @@ not live here: captions as tokens (the BPE belongs to the transformer).
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
-from functools import lru_cache
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
@@ -24,7 +29,8 @@ from pydantic.dataclasses import dataclass
 from infra.store import Store, absolute, open_store
 from ops.attempts import Attempt
 from ops.drops import Drops, copy_drops, read_drops
-from ops.errors import DamagedArtifact
+from ops.encoder import ENCODE_BATCH, Encoding, encode_batch, frozen_tokenizer
+from ops.errors import DamagedArtifact, UsageError
 from ops.pictures import decode_stored, transformer_crop
 from ops.reasons import SUCCESS
 from ops.recipes import sha256, start_stage, versions
@@ -41,18 +47,22 @@ from ops.shards import (
     sidecar_schema,
 )
 from ops.snapshot import source_fingerprint
-from ops.trained import check_finished, freeze_tokenizer, load_tokenizer, tokenizer_digest
-from ops.waves import ShardOutcome, Tick, drive, on_ray
+from ops.trained import check_finished, freeze_tokenizer, tokenizer_digest
+from ops.waves import Actors, ShardOutcome, Tick, drive, raise_if_cancelled
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from torch import Tensor
 
-    from models.dvae import Dvae
+A = TypeVar("A")
+B = TypeVar("B")
 
 ROW_GROUP_ROWS = 1024
 """Rows of one crop that are read together: 2 MB at 1,024 codes a picture."""
-ENCODE_BATCH = 64
-"""Pictures encoded at once. Fixed, not a setting: another batch could round another way, and give other bytes."""
+AHEAD = 2 * ENCODE_BATCH
+"""Crops that may be decoded and not yet encoded: 25 MB at 256 pixels."""
+DECODE_TOGETHER = 8
+"""Crops that a thread makes before it hands them over; a hand-over takes as long as decoding a thumbnail."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -71,6 +81,19 @@ class TokensSettings:
         if self.crops > 1 and not self.random_crops:
             raise ValueError("crops > 1 would repeat the central square: set random_crops = true, or crops = 1")
         return self
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class Encoders:
+    """The workers that encode, Ray actors that load the tokenizer once. None of it bears identity."""
+
+    actors: Annotated[int, Field(ge=1)] | None = None
+    """How many. Unset: one for each GPU of the cluster, or for each group of `threads` CPUs; never more than shards."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPUs of an actor, all of one node. Unset: a node's CPUs shared among its GPUs, at most 8; without GPUs at most 4,
+    since each actor holds a model and a batch of pictures."""
+    gpu: bool = False
+    """One GPU for each actor, which then encodes in bfloat16 where that gives the codes of float32."""
 
 
 @plain_dataclass(frozen=True)
@@ -122,17 +145,60 @@ def pending_tasks(pairs: str, tokens: str, settings: TokensSettings) -> list[Tok
 
 
 def tokenize(
-    tokens: str, tasks: Sequence[TokenizeTask], window: int | None = None, tick: Tick = lambda in_flight: None
+    tokens: str,
+    tasks: Sequence[TokenizeTask],
+    encoders: Encoders,
+    tick: Tick = lambda in_flight: None,
 ) -> Iterator[ShardOutcome]:
-    """Runs tasks of `pending_tasks` on the connected Ray; one outcome each, in the order of their ends."""
-    return drive(tasks, on_ray(tokenize_shard, "tokenize"), open_store(tokens), "tokens", window, tick)
+    """Runs tasks of `pending_tasks` on actors of the connected Ray; one outcome each, in the order of their ends.
+
+    Raises UsageError if GPUs are asked for and the cluster has none.
+    """
+    if not tasks:
+        return
+    count, threads = _group(encoders, len(tasks))
+    work = partial(_tokenize_in_actor, threads=threads, gpu=encoders.gpu)
+    with Actors(work, "tokenize", count, num_cpus=threads, num_gpus=int(encoders.gpu)) as actors:
+        yield from drive(tasks, actors, open_store(tokens), "tokens", count, tick)
 
 
-def tokenize_shard(task: TokenizeTask) -> ShardOutcome:
-    """Encodes one pair shard and commits it. The same pictures and tokenizer give the same bytes.
+def _group(encoders: Encoders, shards: int) -> tuple[int, int]:
+    """(actors, CPUs of each) on the nodes of the connected Ray."""
+    import ray
+
+    kind, most = ("GPU", 8) if encoders.gpu else ("CPU", 4)
+    nodes = [
+        (node.get("CPU", 0.0), node.get(kind, 0.0)) for node in (n["Resources"] for n in ray.nodes() if n["Alive"])
+    ]
+    nodes = [(cpus, kinds) for cpus, kinds in nodes if cpus >= 1 and kinds >= 1]
+    shares = [int(cpus // (kinds if encoders.gpu else 1)) for cpus, kinds in nodes]
+    threads = encoders.threads or max(1, min([most, *shares]))
+    fit = sum(int(min(cpus // threads, kinds)) for cpus, kinds in nodes)
+    if not fit and not encoders.actors:  # with a number, a cluster that grows may yet find room for them
+        what = f"No node of the connected Ray has a {kind} and {threads} CPUs for an actor that encodes."
+        raise UsageError(what, "Tokenize without --gpu, or with fewer threads, or add a node.")
+    return min(encoders.actors or fit, shards), threads
+
+
+def _tokenize_in_actor(task: TokenizeTask, threads: int, gpu: bool) -> ShardOutcome:
+    import torch
+
+    torch.set_num_threads(threads)
+    if gpu:
+        return tokenize_shard(task, threads, "cuda", half=True)
+    # Decoding is the smaller part, and more threads than CPUs keep the encoder's waiting for each other.
+    return tokenize_shard(task, max(1, threads // 4))
+
+
+def tokenize_shard(task: TokenizeTask, threads: int = 1, device: str = "cpu", half: bool = False) -> ShardOutcome:
+    """Encodes one pair shard and commits it. The same pictures and tokenizer give the same bytes on one kind of device.
+
+    `threads` decode ahead of the encoder; `half` lets it use bfloat16 where that changes next to nothing.
 
     Raises DamagedArtifact for a pair shard whose bytes are not those of its receipt.
     """
+    import torch
+
     started_s = time.monotonic()
     store, source = open_store(task.tokens), open_store(task.pairs)
     if store.stat(receipt_key(task.shard, task.generation)):
@@ -146,7 +212,10 @@ def tokenize_shard(task: TokenizeTask) -> ShardOutcome:
         for extension, ref in pairs.files.items():
             download(source, ref, scratch / extension)
         rows, left_out = _rows_to_encode(scratch / "parquet", read_drops(source) | read_drops(store))
-        crops, codes = _codes_of_shard(task, rows, scratch / "tar", _earlier(store, task), attempt)
+        dvae = frozen_tokenizer(task.tokens, task.tokenizer, device)
+        encoding = Encoding(dvae, torch.bfloat16 if half else None)
+        earlier = _earlier(store, task)
+        crops, codes = _codes_of_shard(task, rows, scratch / "tar", earlier, attempt, encoding, threads)
         row_groups = _write(scratch / "codes.parquet", rows, crops, codes)
         receipt = Receipt(
             "tokens",
@@ -156,17 +225,26 @@ def tokenize_shard(task: TokenizeTask) -> ShardOutcome:
             rows=rows.num_rows,
             kept=rows.num_rows,
             row_groups=row_groups,
-            versions=versions(),
+            versions=versions() | _encoder_of(encoding, device),
         )
         won = publish(store, receipt, {"parquet": scratch / "codes.parquet"}, started_s=attempt.started_s)
         state: Literal["committed", "already"] = "committed" if won else "already"
-        attempt.end(state, rows=rows.num_rows)
-    seconds = round(time.monotonic() - started_s, 3)
-    return ShardOutcome(task.shard, task.generation, state, rows.num_rows, rows.num_rows, seconds=seconds)
+        agreement = encoding.agreement
+        attempt.end(state, rows=rows.num_rows, **({"agreement": agreement} if half else {}))
+    seconds, n = round(time.monotonic() - started_s, 3), rows.num_rows
+    return ShardOutcome(task.shard, task.generation, state, n, n, seconds=seconds, agreement=agreement)
+
+
+def _encoder_of(encoding: Encoding, device: str) -> dict[str, str]:
+    """For the receipt: what rounds otherwise than float32 on a CPU."""
+    if device == "cpu" and encoding.agreement is None:
+        return {}
+    return {"encoder": f"{device}, {'bfloat16' if encoding.half else 'float32'}"}
 
 
 Crop = tuple[float, float, float]
 Codes = np.ndarray[Any, np.dtype[np.uint16]]
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Earlier = dict[tuple[str, int], tuple[Crop, Codes]]
 
 
@@ -208,61 +286,82 @@ def _matrix(column: pa.ChunkedArray, rows: int) -> Codes:
 
 
 def _codes_of_shard(
-    task: TokenizeTask, rows: pa.Table, tar: Path, earlier: Earlier, attempt: Attempt
+    task: TokenizeTask,
+    rows: pa.Table,
+    tar: Path,
+    earlier: Earlier,
+    attempt: Attempt,
+    encoding: Encoding,
+    threads: int,
 ) -> tuple[list[list[Crop]], list[Codes]]:
-    """For each k: the crops of all rows, and their codes [rows, N] (uint16)."""
-    dvae = _tokenizer(task.tokens, task.tokenizer)
-    settings = task.settings
+    """For each k: the crops of all rows, and their codes [rows, N] (uint16). Threads decode what is encoded next."""
+    dvae, settings = encoding.dvae, task.settings
     uids = rows["uid"].to_pylist()
     places = list(zip(rows["tar_offset"].to_pylist(), rows["jpg_size"].to_pylist(), strict=True))
     crops: list[list[Crop]] = [[(0.0, 0.0, 0.0)] * len(uids) for _ in range(settings.crops)]
     codes = [np.zeros((len(uids), dvae.grid**2), np.uint16) for _ in range(settings.crops)]
-    batch: list[tuple[int, int, Any]] = []
-
-    def encode() -> None:
-        encoded_BN = _encode(dvae, np.stack([pixels for _, _, pixels in batch]))
-        for (k, row, _), codes_N in zip(batch, encoded_BN, strict=True):
-            codes[k][row] = codes_N
-        batch.clear()
-
-    with tar.open("rb") as file:
-        for row, (uid, (offset, size)) in enumerate(zip(uids, places, strict=True)):
-            attempt.rows_done = row
-            if all((uid, k) in earlier for k in range(settings.crops)):
-                for k in range(settings.crops):
-                    crops[k][row], codes[k][row] = earlier[uid, k]
-                continue
-            file.seek(offset)
-            try:
-                picture = decode_stored(file.read(size))
-            except ValueError as error:
-                raise DamagedArtifact(f"{task.pairs}, picture {uid}", "a sound JPEG", str(error)) from error
+    new = []
+    for row, uid in enumerate(uids):
+        if all((uid, k) in earlier for k in range(settings.crops)):
             for k in range(settings.crops):
-                rng = np.random.default_rng(derived_seed("crop", settings.seed, uid, k))
-                pixels, crops[k][row] = transformer_crop(picture, dvae.image_size, rng, crop=settings.random_crops)
-                batch.append((k, row, pixels))
-                if len(batch) == ENCODE_BATCH:
-                    encode()
-    if batch:
-        encode()
+                crops[k][row], codes[k][row] = earlier[uid, k]
+        else:
+            new.append(row)
+
+    def decode(some: Sequence[int]) -> list[tuple[int, int, Pixels, Crop]]:
+        made = []
+        for row in some:
+            offset, size = places[row]
+            try:
+                picture = decode_stored(os.pread(file.fileno(), size, offset))
+            except ValueError as error:
+                raise DamagedArtifact(f"{task.pairs}, picture {uids[row]}", "a sound JPEG", str(error)) from error
+            for k in range(settings.crops):
+                rng = np.random.default_rng(derived_seed("crop", settings.seed, uids[row], k))
+                made.append((row, k, *transformer_crop(picture, dvae.image_size, rng, crop=settings.random_crops)))
+        return made
+
+    def keep(batch: list[tuple[int, int, Pixels, Crop]], codes_BN: Tensor) -> None:
+        for (row, k, _, crop), codes_N in zip(batch, codes_BN.cpu().numpy().astype(np.uint16), strict=True):
+            crops[k][row], codes[k][row] = crop, codes_N
+        attempt.rows_done = batch[-1][0]
+
+    together = max(1, DECODE_TOGETHER // settings.crops)
+    before: tuple[list[tuple[int, int, Pixels, Crop]], Tensor] | None = None
+    size = encode_batch(dvae.settings, next(dvae.parameters()).device.type)
+    limit = max(1, AHEAD // (together * settings.crops))
+    with tar.open("rb") as file, closing(ahead(decode, _groups(new, together), threads, limit)) as decoded:
+        for batch in _groups(chain.from_iterable(decoded), size):
+            raise_if_cancelled()
+            under_way = encoding(np.stack([pixels for _, _, pixels, _ in batch]))
+            if before:  # what the device did while this batch was put together
+                keep(*before)
+            before = batch, under_way
+    if before:
+        keep(*before)
     return crops, codes
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(tokens: str, digest: str) -> Dvae:
-    """The frozen tokenizer, loaded once a worker process."""
-    dvae, found = load_tokenizer(tokens)
-    if found != digest:
-        raise DamagedArtifact(f"{tokens}/tokenizer", f"digest {digest}", f"digest {found}")
-    return dvae
+def ahead(work: Callable[[A], B], items: Iterable[A], threads: int, limit: int) -> Generator[B, None, None]:
+    """`work` of each item, in their order, done by threads before it is asked for: at most `limit` at a time are begun
+    and not taken. What `work` raises is raised where its result would be."""
+    waiting = iter(items)
+    with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
+        begun = deque(pool.submit(work, item) for item in islice(waiting, limit))
+        try:
+            while begun:
+                done = begun.popleft().result()
+                begun.extend(pool.submit(work, item) for item in islice(waiting, 1))
+                yield done
+        finally:
+            for future in begun:
+                future.cancel()
 
 
-def _encode(dvae: Dvae, pixels_BHWC: np.ndarray[Any, np.dtype[np.uint8]]) -> Codes:
-    import torch
-
-    images_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float().div_(255.0)
-    codes: Codes = dvae.encode(images_BCHW).numpy().astype(np.uint16)
-    return codes
+def _groups(items: Iterable[A], size: int) -> Iterator[list[A]]:
+    waiting = iter(items)
+    while group := list(islice(waiting, size)):
+        yield group
 
 
 def _write(path: Path, rows: pa.Table, crops: list[list[Crop]], codes: list[Codes]) -> tuple[int, ...]:

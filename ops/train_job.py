@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 import ops.errors
-from infra.cluster import Cluster, ClusterError, connect, quiet_environment, shipped
+from infra.cluster import Cluster, ClusterError, Place, connect, quiet_environment, shipped
 from infra.store import StoreError, absolute, open_store
 from models.dvae import DvaeSettings
 from models.sampling import SampleSettings
 from models.transformer import TransformerSettings
 from ops.errors import ArmchairError, UsageError
-from ops.jobs import Job, Place, TokenizerTrainSettings, TransformerTrainSettings
+from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings
 from ops.recipes import sha256
 from ops.run_record import HEARTBEAT_S, read_run
 from ops.shared import check_shared

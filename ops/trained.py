@@ -1,17 +1,16 @@
 """What a trained stage holds on disk (tokenizer/, model/): checkpoints, metrics, and the models that are read back.
 
-    steps/0000500/{model-1f3a….safetensors, ema-….safetensors, state-….pt, receipt.json}   committed iff its receipt is
+    steps/0000500/            the model, what a resume needs (ops/checkpoints.py), and receipt.json: committed iff it is
                               there; files are named by their digest, so that no other run's write can damage them
     metrics/0000500.jsonl     rows since the checkpoint before       sheets/0000500.png   the same pictures each time
     tokenizer/                the frozen tokenizer that made the codes, in TOKENS and MODEL, so that each stands alone
 
 The digest of a model is the sha256 of its safetensors file, whose header also holds its settings. Nothing here is a
-pickle but the optimizer's state, which is loaded with `weights_only`. May not live here: the loop (ops/training.py).
+pickle. May not live here: the loop (ops/training_loop.py).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -33,7 +32,9 @@ if TYPE_CHECKING:
     from models.transformer import Transformer
 
 FORMAT = 1
-MODEL, EMA, STATE = "model.safetensors", "ema.safetensors", "state.pt"
+CHECKPOINT_FORMAT = 2
+MODEL = "model.safetensors"
+"""What is evaluated, drawn and used: the averaged weights where there are any."""
 BPE = "bpe.json"
 FROZEN_TOKENIZER = "tokenizer/receipt.json"
 _HEADER = "armchair"
@@ -45,16 +46,16 @@ class Checkpoint:
     """A committed step: `step` updates were done on the positions below `cursor`, where a resume reads on.
 
     Learning rate, temperature and KL weight are functions of the step, and all randomness is one of the seed and the
-    position: they need no place here. `weights` names the file to use (the averaged weights where there are any),
-    `digest` is its sha256: the name of the model at this step. `made_with` is what decides the last bits of the weights
-    besides the recipe: workers, threads, device. It is compared in words, and never refused.
+    position: they need no place here. `digest` is the sha256 of the model's file: its name at this step. `state` holds
+    the numbers that a resume needs besides tensors. `made_with` is what decides the last bits of the weights besides
+    the recipe: workers, threads, device. It is compared in words, and never refused.
     """
 
     step: int
     cursor: int
-    weights: str
     digest: str
     files: dict[str, FileRef]
+    state: dict[str, Any] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +68,7 @@ def latest_checkpoint(store: Store) -> Checkpoint | None:
 def read_checkpoint(store: Store, step: int) -> Checkpoint:
     """The checkpoint of a step that has a receipt. Raises DamagedArtifact, UnknownFormat."""
     key = f"steps/{step:07d}/receipt.json"
-    found = parse_sealed(store.read(key), f"{store.location}/{key}", FORMAT)
+    found = parse_sealed(store.read(key), f"{store.location}/{key}", CHECKPOINT_FORMAT)
     files = {name: FileRef(**ref) for name, ref in found.pop("files").items()}
     return Checkpoint(files=files, **{name: value for name, value in found.items() if name != "format"})
 
@@ -80,34 +81,41 @@ def write_checkpoint(
     rows: list[dict[str, Any]],
     sheet: bytes | None,
     keep: int,
+    state: Mapping[str, Any] = MappingProxyType({}),
     made_with: Mapping[str, Any] = MappingProxyType({}),
     check_owner: Callable[[], None] = lambda: None,
+    others: Callable[[], dict[str, FileRef]] = dict,
 ) -> Checkpoint:
     """Commits a step: files, sheet and metrics first, the receipt last. Then removes all but the `keep` newest steps.
 
-    `check_owner` raises if the directory belongs to another run; it is asked before each write. A step that an earlier
-    run left without its receipt is overwritten.
+    `check_owner` raises if the directory belongs to another run; it is asked before each write. `others` waits for the
+    files of other ranks, which they put themselves. A step that an earlier run left without its receipt is overwritten.
     """
 
-    def put(key: str, data: bytes | Path) -> None:
+    def put(key: str, data: bytes) -> None:
         check_owner()
         store.put(key, data, if_absent=False)
 
-    refs = {}
-    for name, path in files.items():
-        digest, (stem, extension) = file_sha256(path), name.split(".")
-        refs[name] = FileRef(f"steps/{step:07d}/{stem}-{digest[:16]}.{extension}", path.stat().st_size, digest)
-        put(refs[name].key, path)
+    refs = {name: put_file(store, step, name, path, check_owner) for name, path in files.items()}
     if sheet is not None:
         put(f"sheets/{step:07d}.png", sheet)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     put(f"metrics/{step:07d}.jsonl", lines.encode())
-    weights = EMA if EMA in refs else MODEL
-    checkpoint = Checkpoint(step, cursor, weights, refs[weights].sha256, refs, dict(made_with))
-    put(f"steps/{step:07d}/receipt.json", seal({"format": FORMAT, **asdict(checkpoint)}))
+    refs |= others()
+    checkpoint = Checkpoint(step, cursor, refs[MODEL].sha256, refs, dict(state), dict(made_with))
+    put(f"steps/{step:07d}/receipt.json", seal({"format": CHECKPOINT_FORMAT, **asdict(checkpoint)}))
     check_owner()
     _prune(store, keep)
     return checkpoint
+
+
+def put_file(store: Store, step: int, name: str, path: Path, check_owner: Callable[[], None]) -> FileRef:
+    """Puts a file of a checkpoint under a name that holds its digest."""
+    digest, (stem, extension) = file_sha256(path), name.split(".")
+    ref = FileRef(f"steps/{step:07d}/{stem}-{digest[:16]}.{extension}", path.stat().st_size, digest)
+    check_owner()
+    store.put(ref.key, path, if_absent=False)
+    return ref
 
 
 def _prune(store: Store, keep: int) -> None:
@@ -164,14 +172,6 @@ def read_checkpoint_file(store: Store, checkpoint: Checkpoint, name: str) -> byt
     return read_verified(store, checkpoint.files[name])
 
 
-def load_state(data: bytes) -> dict[str, Any]:
-    """The training state of a checkpoint. Only tensors and plain values are accepted."""
-    import torch
-
-    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return state
-
-
 def freeze_tokenizer(source: str, into: Store) -> str:
     """Copies the tokenizer at `source` (a trained stage, TOKENS or MODEL) into a stage that depends on it.
 
@@ -217,8 +217,8 @@ def load_transformer(location: str) -> tuple[Transformer, CaptionTokenizer, dict
 
     store = open_store(location)
     checkpoint = _checkpoint_to_use(store, "transformer")
-    place = f"{location}/{checkpoint.files[checkpoint.weights].key}"
-    tensors, about = load_weights(read_checkpoint_file(store, checkpoint, checkpoint.weights), place)
+    place = f"{location}/{checkpoint.files[MODEL].key}"
+    tensors, about = load_weights(read_checkpoint_file(store, checkpoint, MODEL), place)
     transformer = Transformer(TransformerSettings(**about["settings"]))
     transformer.load_state_dict(tensors)
     bpe = store.read(BPE)
@@ -235,7 +235,7 @@ def _tokenizer_bytes(location: str) -> tuple[bytes, str, str]:
         ref = FileRef(**read_json(store, FROZEN_TOKENIZER, FORMAT)["file"])
     else:
         checkpoint = _checkpoint_to_use(store, "tokenizer")
-        ref = checkpoint.files[checkpoint.weights]
+        ref = checkpoint.files[MODEL]
     return read_verified(store, ref), ref.sha256, f"{location}/{ref.key}"
 
 

@@ -15,10 +15,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from infra.cluster import Place
+from infra.metrics import training_gauges
 from infra.store import Store, absolute, open_store
+from models.dvae import DvaeSettings
 from ops.drops import warn_of_drops
-from ops.errors import ArmchairError, Diverged, StorageError
-from ops.jobs import Job, Place, Worker
+from ops.errors import ArmchairError, Diverged, StorageError, UsageError
+from ops.jobs import Job, Worker
 from ops.learning import check_fit, make_bpe
 from ops.recipes import start_stage
 from ops.run_record import HEARTBEAT_S, Heartbeat, ask_to_stop, claim_run, end_run, read_run
@@ -36,7 +39,9 @@ SILENCE_S = 8.0
 """A line of progress comes at least this often, whatever is being done."""
 Say = Callable[[str], None]
 COLLECTIVE_TIMEOUT_S = 1800
-"""The other ranks wait this long while rank 0 evaluates and writes a checkpoint."""
+"""The other ranks wait this long for one that has more to do at the moment, or is gone."""
+RESIZE_S = 30.0
+"""How often an elastic run looks whether machines came."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def train(job: Job, place: Place, say: Say = lambda line: None) -> Trained:
     or killed run goes on when the same job is given again.
     """
     into = open_store(job.into)
+    _check_place(job, place)
     prepare(job, say)
     deaths, latest = 0, latest_checkpoint(into)
     if latest is not None and latest.step >= job.training.steps:
@@ -80,6 +86,22 @@ def train(job: Job, place: Place, say: Say = lambda line: None) -> Trained:
     trained = _where_it_stands(into, latest, was_done=False)
     say(f"{job.kind:<12}{latest.step}/{job.training.steps} steps   done")
     return trained
+
+
+def _check_place(job: Job, place: Place) -> None:
+    if place.accumulate > 1 and isinstance(job.model, DvaeSettings) and job.model.usage:
+        raise UsageError(
+            f"dvae.usage is {job.model.usage}: it is a statistic of a whole batch, which --accumulate splits.",
+            "Leave --accumulate out and take more --workers, or --set dvae.usage=0",
+        )
+    for name in ("workers", "threads", "accumulate"):
+        if (count := getattr(place, name)) is not None and count < 1:
+            raise UsageError(f"--{name} is {count}.", "Give 1 or more.")
+    if place.most_workers is not None and place.most_workers < place.workers:
+        raise UsageError(
+            f"--most-workers {place.most_workers} is less than --workers {place.workers}.",
+            "An elastic run has between --workers and --most-workers of them.",
+        )
 
 
 def train_here(job: Job, threads: int | None = None, stop_after: int | None = None) -> Trained:
@@ -119,6 +141,8 @@ def _run(job: Job) -> Iterator[int]:
 def identity(job: Job) -> dict[str, Any]:
     """What decides the weights, for the stage's recipe, under the names of the settings' sections."""
     training = {name: value for name, value in asdict(job.training).items() if name not in NOT_IDENTITY}
+    if job.training.schedule == "plateau":  # which looks at the means between checkpoints
+        training["checkpoint_every"] = job.training.checkpoint_every
     model = "dvae" if job.kind == "tokenizer" else "transformer"
     return {model: asdict(job.model), f"{job.kind}_training": training}
 
@@ -180,9 +204,18 @@ def _on_ray(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     place: Place = config["place"]
     # Ray gives a worker of one CPU one thread; what this machine has is shared among its workers instead.
-    threads = place.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-    device = "cuda" if place.gpu else "cpu"
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device, threads, ray.train.report)
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device="cuda" if place.gpu else "cpu",
+        threads=place.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()),
+        sharded=place.sharded,
+        accumulate=place.accumulate,
+        recompute=place.recompute,
+        compile=place.compile,
+        report=ray.train.report,
+        tell=training_gauges(config["job"].kind, config["job"].into),
+    )
     run_loop(config["job"], worker, config["run"])
 
 
@@ -255,7 +288,15 @@ def _fit_once(job: Job, place: Place, run: int, failures: list[BaseException]) -
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        scaling = ScalingConfig(num_workers=place.workers, use_gpu=place.gpu, resources_per_worker={"CPU": 1})
+        workers = (place.workers, place.most_workers) if place.most_workers else place.workers
+        scaling = ScalingConfig(
+            num_workers=workers,
+            use_gpu=place.gpu,
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if place.gpu else {}),
+            elastic_resize_monitor_interval_s=RESIZE_S,
+        )
+        # The gauges of a training are few: its workers keep what `infra.cluster` turns off for tasks of many names.
+        runtime_env = {"env_vars": {"RAY_enable_metrics_collection": "1"}}
         backend = TorchConfig(backend="nccl" if place.gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S)
         with tempfile.TemporaryDirectory(prefix="ray-train-") as directory:
             TorchTrainer(
@@ -263,7 +304,7 @@ def _fit_once(job: Job, place: Place, run: int, failures: list[BaseException]) -
                 train_loop_config={"job": _absolute(job), "place": place, "run": run},
                 scaling_config=scaling,
                 torch_config=backend,
-                run_config=RunConfig(name=f"{job.kind}-{run}", storage_path=directory),
+                run_config=RunConfig(name=f"{job.kind}-{run}", storage_path=directory, worker_runtime_env=runtime_env),
             ).fit()
     except BaseException as error:  # carried to the thread that waits
         failures.append(error)

@@ -1,20 +1,24 @@
 """The training loop, one for both models. It knows no Ray: a `Worker` is a rank, a sum over ranks, and a report.
 
 A batch is the global positions [step·B, (step + 1)·B); each rank takes its contiguous slice, holes are left out. The
-objective is a sum over what is valid divided by its count over *all* ranks, and gradients are summed, so one worker and
-two follow the same path up to rounding. A resume starts at the latest checkpoint, and the cursor is one number. With
-as many workers and threads, on the same kind of processor, it repeats the bytes of a run that was never disturbed.
-May not live here: what is learned (ops/learning.py), what a checkpoint holds (ops/trained.py), how a run is launched.
+objective is a sum over what is valid divided by its count over *all* ranks, and gradients are summed: any number of
+workers, with copies of the model or with shares of it, and any split of a slice follow the same path up to rounding. A
+resume starts at the latest checkpoint, and the cursor is one number. With as many workers and threads, on the same kind
+of processor, it repeats the bytes of a run that was never disturbed.
+May not live here: what is learned (ops/learning.py), how a model is spread (ops/spread.py), how checkpoints are written
+(ops/checkpoints.py), how a run is launched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
+import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,51 +27,56 @@ from torch import Tensor
 from infra.store import Store, open_store
 from models.ema import Ema
 from models.optimizer import parameter_groups
-from models.schedules import learning_rate
+from models.schedules import learning_rate, plateau_halvings
+from ops.checkpoints import Tensors, Writer, restore
 from ops.errors import DamagedArtifact, Diverged
 from ops.jobs import Job, TrainSettings, Worker
-from ops.learning import LEARN, Learning, Measured
+from ops.learning import LEARN, Batch, Learning
 from ops.reader import Prefetch
 from ops.run_record import Heartbeat, check_owner
-from ops.shards import scratch_directory
 from ops.snapshot import read_snapshot
-from ops.trained import (
-    EMA,
-    MODEL,
-    STATE,
-    Checkpoint,
-    forget_after,
-    latest_checkpoint,
-    load_state,
-    load_weights,
-    read_checkpoint,
-    read_checkpoint_file,
-    save_weights,
-    write_checkpoint,
-)
+from ops.spread import Spread, autocast
+from ops.trained import Checkpoint, forget_after, latest_checkpoint, read_checkpoint
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class _Run:
-    """What the parts of the loop share on one rank. `rows` are the metrics since the last checkpoint (rank 0)."""
+    """What the parts of the loop share on one rank. `rows` are the metrics since the last checkpoint (rank 0), `losses`
+    those of its updates, and `interval_losses` the means of all intervals before."""
 
     job: Job
     worker: Worker
     store: Store
     learning: Learning
+    spread: Spread
     optimizer: torch.optim.Optimizer
     ema: Ema | None
+    writer: Writer
     heart: Heartbeat | None
-    check_owner: Callable[[], None]
-    last_good: int | None
-    cursor: int
     begun_cpu_s: float
-    rows: list[dict[str, Any]]
+    last_good: int | None = None
+    cursor: int = 0
+    updates: int = 0
+    losses: list[float] = field(default_factory=list)
+    interval_losses: list[float] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def published(self) -> Any:
-        """The model that is evaluated, drawn and used: the averaged one where there is one."""
-        return self.ema.module if self.ema else self.learning.model
+    def published(self) -> dict[str, Tensor]:
+        """This rank's part of the weights that are evaluated, drawn and used: the averages where there are any."""
+        return self.ema.averages if self.ema else self.spread.weights
+
+    @property
+    def tensors(self) -> Tensors:
+        """All that a resume needs of each weight, on this rank."""
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in MOMENTS}
+        for name, weight in self.spread.weights.items():
+            for moment, named in moments.items():
+                named[name] = self.optimizer.state[weight][moment]
+        averages = {"average": self.ema.averages} if self.ema else {}
+        return {"weight": self.spread.weights, **moments, **averages}
 
 
 @dataclass(frozen=True)
@@ -95,29 +104,47 @@ def run_loop(job: Job, worker: Worker, run: int, stop_after: int | None = None) 
     with Heartbeat(store, run, "worker") if worker.rank == 0 else contextlib.nullcontext() as heart:
         _doing(heart, "prepares the model")
         learning = LEARN[job.kind](job, store, read_snapshot(store), worker)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(learning.model, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            fused=True,
-        )
         checkpoint = _agreed_checkpoint(store, worker)
-        if checkpoint is None:
-            learning.initialise()
-            _share_weights(learning.model, worker)
-        ema = Ema(learning.model, settings.ema, settings.ema_every, settings.ema_warmup) if settings.ema else None
+        source = learning.initial() if checkpoint is None and worker.rank == 0 else None
+        spread = Spread(learning.build, learning.blocks, worker, settings.precision, source)
+        del source
+        optimizer = _optimizer(spread, settings, worker)
+        ema = Ema(spread.weights, settings.ema, settings.ema_every, settings.ema_warmup) if settings.ema else None
+        writer = Writer(store, run, worker, settings.keep_checkpoints, owns)
+        this = _Run(job, worker, store, learning, spread, optimizer, ema, writer, heart, begun_cpu_s)
         if checkpoint is not None:
-            _restore(store, checkpoint, settings.batch, learning, optimizer, ema)
-        first, cursor = (checkpoint.step, checkpoint.cursor) if checkpoint else (None, 0)
+            _restore(this, checkpoint)
+        ranks = worker.gather(f"{socket.gethostname()}:{os.getpid()}")
         if heart is not None:
-            heart.facts = heart.facts | {"from_step": first or 0, "made_with": made_with(worker)}
-            forget_after(store, first or 0, owns)
-        _steps(
-            _Run(job, worker, store, learning, optimizer, ema, heart, owns, first, cursor, begun_cpu_s, []), stop_after
-        )
+            heart.facts = heart.facts | {
+                "from_step": this.last_good or 0,
+                "made_with": made_with(worker),
+                "ranks": ranks,
+            }
+            forget_after(store, this.last_good or 0, owns)
+        try:
+            _steps(this, stop_after)
+        except Diverged:
+            writer.wait()  # the last good checkpoint, which the message names
+            raise
+        writer.wait()
         if heart is not None:
             owns()
+
+
+def _optimizer(spread: Spread, settings: TrainSettings, worker: Worker) -> torch.optim.Optimizer:
+    """AdamW, with its moments in place: a checkpoint may be written, or read, before the first update."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups((weight for weight in spread.weights.values() if weight.numel()), settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        fused=True,
+    )
+    for weight in spread.weights.values():
+        moments = {name: torch.zeros_like(weight, requires_grad=False) for name in MOMENTS}
+        optimizer.state[weight] = {"step": torch.zeros((), device=worker.device), **moments}
+    return optimizer
 
 
 def _agreed_checkpoint(store: Store, worker: Worker) -> Checkpoint | None:
@@ -127,17 +154,13 @@ def _agreed_checkpoint(store: Store, worker: Worker) -> Checkpoint | None:
     return latest or (read_checkpoint(store, step) if step else None)
 
 
-def _share_weights(model: torch.nn.Module, worker: Worker) -> None:
-    """Rank 0's initial weights on all ranks: on unlike machines those of one seed may differ in their last bits."""
-    for parameter in model.parameters() if worker.world > 1 else ():
-        worker.sum(parameter.data if worker.rank == 0 else parameter.data.zero_())
-
-
 def made_with(worker: Worker) -> dict[str, Any]:
     """What decides the last bits of the weights besides the recipe: the order in which numbers are added up."""
     is_gpu = worker.device == "cuda"
     device = torch.cuda.get_device_name() if is_gpu else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
-    return {"workers": worker.world, "threads": torch.get_num_threads(), "device": device, "torch": torch.__version__}
+    how = {name: getattr(worker, name) for name in ("sharded", "accumulate", "recompute", "compile")}
+    made = {"workers": worker.world, "threads": torch.get_num_threads(), "device": device, "torch": torch.__version__}
+    return made | {name: value for name, value in how.items() if value != getattr(Worker, name)}
 
 
 def _doing(heart: Heartbeat | None, what: str) -> None:
@@ -149,15 +172,18 @@ def _steps(this: _Run, stop_after: int | None) -> None:
     settings, worker = this.job.training, this.worker
     first = this.last_good or 0
     last = settings.steps if stop_after is None else min(settings.steps, first + stop_after)
-    share = -(-settings.batch // worker.world)
 
-    def batch(step: int) -> Any:
-        begin, end = (min(rank * share, settings.batch) for rank in (worker.rank, worker.rank + 1))
+    def batch(step: int) -> list[Batch | None]:
+        begin, end = worker.part(settings.batch)
+        share = max(1, -(-(end - begin) // worker.accumulate))
         position = this.cursor + (step - first) * settings.batch
-        return this.learning.batch(position + begin, position + end)
+        starts = [min(begin + part * share, end) for part in range(worker.accumulate + 1)]
+        return [this.learning.batch(position + a, position + b) if b > a else None for a, b in pairwise(starts)]
 
-    if first == 0 and worker.rank == 0:
-        this.rows.append(_evaluate(this, 0))
+    if first == 0:
+        row = _evaluate(this, 0, this.spread.replica(this.published, settings.precision))
+        this.rows += [row] if worker.rank == 0 else []
+    _warm_up(this)
     _doing(this.heart, "trains")
     interval: list[_Update] = []
     marked_s, marked_wait_s, marked_cpu_s = time.perf_counter(), 0.0, this.begun_cpu_s
@@ -168,76 +194,101 @@ def _steps(this: _Run, stop_after: int | None) -> None:
                 return
             done = step + 1
             interval.append(update)
+            this.losses.append(update.loss)
             is_checkpoint = done % settings.checkpoint_every == 0 or done == settings.steps
+            if 2 * (done - (this.last_good or 0)) == settings.checkpoint_every:
+                this.writer.wait()  # so that a kill costs no more than one interval and a half
             if done % settings.log_every == 0 or is_checkpoint:
                 now_s = time.perf_counter()
                 row = _row(interval, done, now_s - marked_s, batches.waited_s - marked_wait_s)
                 # The CPU time of this process since the last row, evaluations and checkpoints between them included.
                 cpu_s, marked_cpu_s = time.process_time() - marked_cpu_s, time.process_time()
-                this.rows.append(row | {"learning_rate": rate(settings, step), "cpu_s": cpu_s})
+                row |= {"learning_rate": _rate(this, step), "cpu_s": cpu_s}
+                this.rows += [row] if worker.rank == 0 else []
                 if this.heart is not None:
                     this.heart.facts = this.heart.facts | _progress(row, settings.steps)
+                    worker.tell(_gauged(row, settings.batch, is_checkpoint=is_checkpoint))
                 if is_checkpoint:
-                    if worker.rank == 0:
-                        _write(this, done)
-                    this.rows.clear()
-                    this.last_good = done
-                    worker.report({"step": done, "loss": row["loss"], "checkpoint": f"steps/{done:07d}"})
+                    _write(this, done)
+                    worker.report({"step": done, "loss": row["loss"]})
                 interval = []
                 marked_s, marked_wait_s = time.perf_counter(), batches.waited_s
 
 
-def _update(this: _Run, batch: Any, step: int) -> _Update:
-    """Forward, one sum over the ranks of totals and counts, backward, one sum of gradients, and the step."""
-    learning, worker = this.learning, this.worker
-    measured: Measured = learning.measure(batch, step)
-    names = learning.measures
-    parts = [measured.get(name, (torch.zeros((), device=worker.device), 0.0)) for name in names]
+def _warm_up(this: _Run) -> None:
+    """One pass that counts for nothing: DDP orders its sums by the first one it sees, and a resume must add up in the
+    order of a run that was never disturbed."""
+    if this.worker.world > 1 and not this.spread.is_sharded:
+        with autocast(this.worker.device, this.job.training.precision):
+            totals = this.learning.measure(this.spread.forward, this.learning.filler(), 0)
+        (0.0 * sum(totals.values())).backward()  # type: ignore[union-attr]
+        this.spread.forget_gradients()
+
+
+def _update(this: _Run, parts: list[Batch | None], step: int) -> _Update:
+    """Forward and backward of each part, one sum over the ranks of what was measured, and the step."""
+    learning, worker, spread = this.learning, this.worker, this.spread
+    names, device = learning.measures, worker.device
+    counts = {name: sum(part.counts[name] for part in parts if part) for name in names}
     must_stop = float(this.heart is not None and this.heart.must_stop)
-    numbers = [total.detach().double() for total, _ in parts] + [
-        torch.tensor(number, dtype=torch.float64, device=worker.device)
-        for number in (*(count for _, count in parts), must_stop)
-    ]
-    # One wait for the device a step: the loss is looked at before the weights are touched.
-    agreed = worker.sum(torch.stack(numbers)).tolist()
-    totals = dict(zip(names, agreed, strict=False))
-    counts = dict(zip(names, agreed[len(names) :], strict=False))
-    weights = {name: weight for name, weight in learning.objective.items() if weight and counts[name]}
-    loss = sum(weight * totals[name] / counts[name] for name, weight in weights.items())
-    norm = 0.0
-    if agreed[-1] == 0.0 and weights:  # a batch may be all holes: then there is nothing to learn from
-        this.optimizer.zero_grad(set_to_none=True)
-        if batch is not None:
-            sum(weight * measured[name][0] / counts[name] for name, weight in weights.items()).backward()
-        parameters = [p for p in learning.model.parameters() if p.requires_grad]
-        _sum_gradients(parameters, worker)
-        clip = this.job.training.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    # What the objective is divided by, known before the first pass; on the device, so that nobody waits for it.
+    numbers = torch.tensor([*counts.values(), must_stop], dtype=torch.float64).to(device, non_blocking=True)
+    counted = worker.sum(numbers)
+    divisor = dict(zip(names, counted.clamp(min=1.0), strict=False))
+    totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+    spread.forget_gradients()
+    for number, part in enumerate(parts):
+        is_last = number == len(parts) - 1
+        # Where ranks add up their gradients, all of them take part, those too that have holes only.
+        if part is None and (worker.world == 1 or not (is_last or spread.is_sharded)):
+            continue
+        _pass(this, part or learning.filler(), step, divisor, totals, is_last=is_last)
+    gradients = spread.gradients()
+    norm = spread.norm(gradients)
+    measured = worker.sum(torch.stack(list(totals.values())))
+    # The one wait for the device in a step: the loss is looked at before the weights are touched.
+    agreed = torch.cat([measured, counted, norm.double()[None]]).tolist()
+    of_totals = dict(zip(names, agreed, strict=False))
+    of_counts = dict(zip(names, agreed[len(names) :], strict=False))
+    stop, length = agreed[-2] > 0.0, agreed[-1]
+    weights = {name: weight for name, weight in learning.objective.items() if weight and of_counts[name]}
+    loss = sum(weight * of_totals[name] / of_counts[name] for name, weight in weights.items())
+    if not stop and weights:  # a batch may be all holes: then there is nothing to learn from
+        if not (math.isfinite(loss) and math.isfinite(length)):
             raise Diverged(this.job.into, step + 1, this.last_good)
+        if this.job.training.clip:
+            torch._foreach_mul_(gradients, torch.clamp(this.job.training.clip / (norm + 1e-6), max=1.0))
         for group in this.optimizer.param_groups:
-            group["lr"] = rate(this.job.training, step)
+            group["lr"] = _rate(this, step)
         this.optimizer.step()
+        this.updates += 1
         if this.ema is not None:
             this.ema.update(step)
-    return _Update(loss, totals, counts, norm, agreed[-1] > 0.0)
+    return _Update(loss, of_totals, of_counts, length, stop)
 
 
-def _sum_gradients(parameters: list[torch.nn.Parameter], worker: Worker) -> None:
-    """Gradients summed over ranks, as the loss is. DDP would take their mean, and wants a forward pass on each rank."""
-    if worker.world == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = worker.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+def _pass(
+    this: _Run, part: Batch, step: int, divisor: dict[str, Tensor], totals: dict[str, Tensor], *, is_last: bool
+) -> None:
+    """Forward and backward of one part of this rank's batch; adds what was measured to `totals`."""
+    learning, spread = this.learning, this.spread
+    with spread.part_of_a_batch(is_last=is_last):
+        with autocast(this.worker.device, this.job.training.precision):
+            measured = learning.measure(spread.forward, part, step)
+        share = 0.0 if part.is_filler else 1.0
+        objective = sum(share * weight * measured[name] / divisor[name] for name, weight in learning.objective.items())
+        objective.float().backward()  # type: ignore[union-attr]
+    for name, total in measured.items():
+        totals[name] += share * total.detach().double()
 
 
-def rate(settings: TrainSettings, step: int) -> float:
-    """The learning rate of update `step` (0-based)."""
+def _rate(this: _Run, step: int) -> float:
+    training = this.job.training
+    return rate(training, step, plateau_halvings(this.interval_losses, training.plateau_patience))
+
+
+def rate(settings: TrainSettings, step: int, halvings: int = 0) -> float:
+    """The learning rate of update `step` (0-based); `halvings` are the plateaus met so far, for that schedule."""
     return learning_rate(
         step,
         peak=settings.learning_rate,
@@ -245,6 +296,7 @@ def rate(settings: TrainSettings, step: int) -> float:
         steps=max(1, round(settings.decay_share * settings.steps)),
         warmup_steps=settings.warmup_steps,
         shape=settings.schedule,
+        halvings=halvings,
     )
 
 
@@ -265,6 +317,10 @@ def _row(updates: list[_Update], step: int, seconds: float, waited_s: float) -> 
     }
 
 
+def _gauged(row: dict[str, Any], batch: int, *, is_checkpoint: bool) -> dict[str, Any]:
+    return row | {"positions_per_s": row["steps_per_s"] * batch, "is_checkpoint": is_checkpoint}
+
+
 def _progress(row: dict[str, Any], steps: int) -> dict[str, Any]:
     left_s = (steps - row["step"]) / row["steps_per_s"]
     return {
@@ -276,52 +332,59 @@ def _progress(row: dict[str, Any], steps: int) -> dict[str, Any]:
     }
 
 
-def _evaluate(this: _Run, step: int) -> dict[str, Any]:
+def _evaluate(this: _Run, step: int, model: Any) -> dict[str, Any]:
     _doing(this.heart, "evaluates")
-    return {"kind": "evaluation", "step": step, **this.learning.evaluate(this.published, step)}
+    with torch.no_grad(), autocast(this.worker.device, this.job.training.precision):
+        return {"kind": "evaluation", "step": step, **this.learning.evaluate(model, step)}
 
 
 def _write(this: _Run, step: int) -> None:
-    """Evaluates, draws and commits. Raises Diverged for weights that the last update made infinite: its own loss was
-    finite, and a checkpoint that can't be gone on from is no good one."""
-    learning, settings = this.learning, this.job.training
-    if not all(bool(parameter.isfinite().all()) for parameter in learning.model.parameters()):
+    """Evaluates and draws, all ranks together, and begins to write. Raises Diverged for weights that the last update
+    made infinite: its own loss was finite, and a checkpoint that can't be gone on from is no good one."""
+    settings, worker, spread = this.job.training, this.worker, this.spread
+    finite = torch.stack([weight.isfinite().all() for weight in spread.weights.values()]).all()
+    if worker.sum((~finite).float().reshape(1)).item():
         raise Diverged(this.job.into, step, this.last_good)
-    this.rows.append(_evaluate(this, step))
-    with scratch_directory() as directory:
-        files = {MODEL: directory / MODEL, STATE: directory / STATE}
-        save_weights(files[MODEL], learning.model.state_dict(), learning.about)
-        if this.ema is not None:
-            files[EMA] = directory / EMA
-            save_weights(files[EMA], this.ema.module.state_dict(), learning.about)
-        averagings = this.ema.averagings if this.ema else 0
-        torch.save({"optimizer": this.optimizer.state_dict(), "averagings": averagings}, files[STATE])
-        _doing(this.heart, "draws its sheet")
-        sheet = learning.sheet(this.published)
-        _doing(this.heart, "writes a checkpoint")
-        cursor, made = step * settings.batch, made_with(this.worker)
-        keep = settings.keep_checkpoints
-        write_checkpoint(this.store, step, cursor, files, this.rows, sheet, keep, made, this.check_owner)
+    this.interval_losses.append(sum(this.losses) / len(this.losses))
+    this.losses = []
+    replica = spread.replica(this.published, settings.precision)
+    evaluation = _evaluate(this, step, replica)
+    _doing(this.heart, "draws its sheet")
+    with torch.no_grad(), autocast(worker.device, settings.precision):
+        sheet = this.learning.sheet(replica)
+    del replica
+    _doing(this.heart, "writes a checkpoint")
+    model: dict[str, Tensor] = {}
+    for name, weight in spread.whole(this.published):
+        if worker.rank == 0:
+            model[name] = weight.to("cpu", copy=True)
+    commit = {
+        "cursor": step * settings.batch,
+        "rows": [*this.rows, evaluation],
+        "sheet": sheet,
+        "state": {
+            "updates": this.updates,
+            "averagings": this.ema.averagings if this.ema else 0,
+            "interval_losses": list(this.interval_losses),
+        },
+        "made_with": made_with(worker),
+    }
+    this.writer.begin(step, spread, this.tensors, model, this.learning.about, commit)
+    this.rows, this.last_good = [], step
+    if step == settings.steps:
+        this.writer.wait()
     _doing(this.heart, "trains")
 
 
-def _restore(
-    store: Store,
-    checkpoint: Checkpoint,
-    batch: int,
-    learning: Learning,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-) -> None:
+def _restore(this: _Run, checkpoint: Checkpoint) -> None:
+    batch = this.job.training.batch
     if checkpoint.cursor != checkpoint.step * batch:  # what is random hangs on the position, rates on the step
-        place = f"{store.location}/steps/{checkpoint.step:07d}/receipt.json"
+        place = f"{this.store.location}/steps/{checkpoint.step:07d}/receipt.json"
         raise DamagedArtifact(place, f"step {checkpoint.step} of {batch} positions", f"the cursor {checkpoint.cursor}")
-
-    def weights(name: str) -> dict[str, Tensor]:
-        return load_weights(read_checkpoint_file(store, checkpoint, name), f"{store.location}/{name}")[0]
-
-    learning.model.load_state_dict(weights(MODEL))
-    state = load_state(read_checkpoint_file(store, checkpoint, STATE))
-    optimizer.load_state_dict(state["optimizer"])
-    if ema is not None:
-        ema.load_state_dict({"averagings": state["averagings"], "weights": weights(EMA)})
+    restore(this.store, checkpoint, this.spread, this.tensors)
+    this.last_good, this.cursor, this.updates = checkpoint.step, checkpoint.cursor, checkpoint.state["updates"]
+    this.interval_losses = list(checkpoint.state["interval_losses"])
+    for state in this.optimizer.state.values():
+        state["step"].fill_(this.updates)
+    if this.ema is not None:
+        this.ema.averagings = checkpoint.state["averagings"]

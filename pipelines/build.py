@@ -9,11 +9,11 @@ from typing import Any
 
 from prefect import flow, task
 
-from infra.cluster import Cluster
+from infra.cluster import Cluster, Place
 from infra.metrics import Cost, timed
-from ops.jobs import Place
 from ops.plan import Columns
 from ops.report import write_run_report
+from ops.tokenize import Encoders
 from pipelines.artifacts import Board
 from pipelines.ingest import ingest
 from pipelines.progress import Progress
@@ -38,8 +38,8 @@ def build(
 ) -> dict[str, Any]:
     """List → pairs → tokenizer → tokens → transformer → report. Each stage does only what is missing.
 
-    `settings` may be the name of a preset. `place` is for both trainings. Raises Incomplete after a stage that left
-    shards undone, BadSetting and UsageError for a preset that is none.
+    `settings` may be the name of a preset. `place` is for both trainings, and says whether the encoders have GPUs.
+    Raises Incomplete after a stage that left shards undone, BadSetting and UsageError for a preset that is none.
     """
     run, s = Run(into), resolve(settings) if isinstance(settings, str) else settings
     record_settings(run, s)
@@ -52,7 +52,7 @@ def build(
             with _stage("train tokenizer", board), timed("train_tokenizer", seconds):
                 tokenizer = train_tokenizer(run.pairs, run.tokenizer, s.dvae, s.tokenizer_training, cluster, place)
             with _stage("tokenize", board), timed("tokenize", seconds):
-                tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster)
+                tokens = tokenize(run.pairs, run.tokenizer, run.tokens, s.tokens, cluster, Encoders(gpu=place.gpu))
                 raise_if_unfinished(run.tokens, tokens)
             with _stage("train transformer", board), timed("train_transformer", seconds):
                 model = train_transformer(

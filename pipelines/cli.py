@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from infra.cluster import Cluster, ClusterError, quiet_environment
+from infra.cluster import Cluster, ClusterError, Place, quiet_environment
 
 if TYPE_CHECKING:
     from pipelines.settings import Settings
@@ -96,8 +96,7 @@ Address = Annotated[
 ]
 UrlCol = Annotated[str, Parameter(help="Column of the lists that holds URLs.")]
 CaptionCol = Annotated[str, Parameter(help="Column of the lists that holds captions.")]
-Workers = Annotated[int, Parameter(help="Training processes.")]
-Gpu = Annotated[bool, Parameter(negative="", help="Train on GPUs, one for each worker.")]
+Placed = Annotated[Place, Parameter(name="*", negative_bool="")]
 Seed = Annotated[int, Parameter(help="Another seed gives other models and pictures.")]
 
 
@@ -129,8 +128,7 @@ def build(
     url_col: UrlCol = "url",
     caption_col: CaptionCol = "caption",
     cpus: Cpus = None,
-    workers: Workers = 1,
-    gpu: Gpu = False,
+    place: Placed = Place(),
     json: Json = False,
 ) -> None:
     """The whole way: ingest, train the tokenizer, tokenize, train the transformer, write the report."""
@@ -142,7 +140,7 @@ def build(
         return
     from pipelines.build import build as flow
 
-    told = _run(flow, list(lists), into, settings, columns, _cluster(cpus), _place(workers, gpu))
+    told = _run(flow, list(lists), into, settings, columns, _cluster(cpus), place)
     _say(told, json, f"finished: {told['report']}")
 
 
@@ -230,6 +228,26 @@ def forecast(
             lists, sample, seed, cores, s.plan, s.filters, s.fetch, s.picture, s.outage, columns, progress.tell
         )
     _say(told, json, show_forecast(told))
+
+
+@app.command(sort_key=3)
+def estimate(
+    *preset: Annotated[str, Parameter(help="Presets or TOML files, later over earlier.", completer=_presets)],
+    gpus: Annotated[int, Parameter(help="GPUs that train together.")] = 1,
+    kind: Annotated[str, Parameter(help="V100, A100, H100, H200 or B200.")] = "H100",
+    mfu: Annotated[float | None, Parameter(help="Share of the GPU's bf16 rate that is used; default: 0.35.")] = None,
+    sets: Sets = (),
+    json: Json = False,
+) -> None:
+    """Parameters, FLOPs, memory of a GPU and days of both trainings of a preset, before a GPU is rented."""
+    from ops.estimate import estimate as foresee
+    from pipelines.progress import Progress
+    from pipelines.show import show_estimate
+
+    s = _settings(preset, sets)
+    with Progress("estimate"):
+        told = foresee(s.dvae, s.tokenizer_training, s.transformer, s.transformer_training, gpus, kind, mfu)
+    _say(told, json, show_estimate(told))
 
 
 @app.command(sort_key=4)
@@ -385,8 +403,7 @@ def tokenizer(
     sets: Sets = (),
     cpus: Cpus = None,
     address: Address = None,
-    workers: Workers = 1,
-    gpu: Gpu = False,
+    place: Placed = Place(),
     json: Json = False,
 ) -> None:
     """Train the discrete VAE on pictures."""
@@ -394,7 +411,7 @@ def tokenizer(
     from pipelines.train import train_tokenizer as flow
 
     s = _settings(preset, sets)
-    told = _run(flow, pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus, address), _place(workers, gpu))
+    told = _run(flow, pairs, into, s.dvae, s.tokenizer_training, _cluster(cpus, address), place)
     _say(told, json, show_trained(told))
 
 
@@ -407,12 +424,16 @@ def tokenize(
     preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
+    actors: Annotated[int | None, Parameter(help="Actors that encode; default: as many as the cluster holds.")] = None,
+    gpu: Annotated[bool, Parameter(negative="", help="Encode on GPUs, one for each actor.")] = False,
     json: Json = False,
 ) -> None:
     """Turn the pictures of PAIRS into codes, one token shard for each pair shard."""
+    from ops.tokenize import Encoders
     from pipelines.tokenize import tokenize as flow
 
-    _end(into, _run(flow, pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus)), json)
+    encoders = Encoders(actors=actors, gpu=gpu)
+    _end(into, _run(flow, pairs, tokenizer, into, _settings(preset, sets).tokens, _cluster(cpus), encoders), json)
 
 
 @train.command
@@ -424,8 +445,7 @@ def transformer(
     sets: Sets = (),
     cpus: Cpus = None,
     address: Address = None,
-    workers: Workers = 1,
-    gpu: Gpu = False,
+    place: Placed = Place(),
     json: Json = False,
 ) -> None:
     """Train the transformer on captions and codes."""
@@ -433,16 +453,7 @@ def transformer(
     from pipelines.train import train_transformer as flow
 
     s = _settings(preset, sets)
-    told = _run(
-        flow,
-        tokens,
-        into,
-        s.transformer,
-        s.transformer_training,
-        s.sampling,
-        _cluster(cpus, address),
-        _place(workers, gpu),
-    )
+    told = _run(flow, tokens, into, s.transformer, s.transformer_training, s.sampling, _cluster(cpus, address), place)
     _say(told, json, show_trained(told))
 
 
@@ -518,12 +529,6 @@ def _settings_beside(stage: str) -> str | None:
 def _cluster(cpus: int | None, address: str | None = None) -> Cluster:
     cluster = Cluster(dashboard=True) if cpus is None else Cluster(cpus=cpus, dashboard=True)
     return cluster if address is None else replace(cluster, address=address)
-
-
-def _place(workers: int, gpu: bool) -> Any:
-    from ops.jobs import Place
-
-    return Place(workers, gpu=gpu)
 
 
 def _columns(url: str, caption: str) -> Any:

@@ -17,14 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from infra.cluster import REPO, Cluster
+from infra.cluster import REPO, Cluster, Place
 from infra.metrics import Cost, timed
 from infra.store import open_store
 from ops.demo_scores import gallery
 from ops.demo_summary import GATES, score_demo
 from ops.demo_web import HOSTILE
 from ops.errors import StorageError, UsageError
-from ops.jobs import Place
 from ops.openmoji import LICENCE, DemoPicture, list_rows, render, write_list
 from ops.report import write_run_report
 from ops.status import status

@@ -18,6 +18,8 @@ TOLD = (
 """Of an evaluation, what fits on a line; all of it is in metrics/."""
 REASONS = 12
 """Lines of reasons, at most; the rest is summed."""
+LARGE = ("gathered", "scores", "cache")
+"""Of the memory of a checkpoint's evaluation, what training does not hold."""
 
 
 def duration(seconds: float) -> str:
@@ -374,6 +376,72 @@ def _forecast_rows(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     time = _between(told["hours"], lambda hours: duration(3600 * hours))
     yield "", f"{time} on {told['cores']} cores like these, if network and sites keep up"
     yield "sites", f"{_between(told['hosts'], '{:,.0f}'.format)}; {told['robots_requests']['value']:,.0f} robots.txt"
+
+
+def show_estimate(told: dict[str, Any]) -> str:
+    """Lines for `armchair estimate`, from `ops.estimate.estimate`: of each model, what it takes and what fits."""
+    memory, rate = size(told["memory_bytes"]), amount(told["bf16_flops"], "G")
+    card = f"{told['gpus']} × {told['kind']} ({told['about']}), each {memory} and {rate}FLOP/s of bf16"
+    out = [f"{card}; used at {percent(told['mfu'])} (MFU, assumed)"]
+    for name, model in told["models"].items():
+        out += ["", name, *(f"{label:<11}{text}" for label, text in _estimate_rows(told, model))]
+    return "\n".join(out)
+
+
+def _estimate_rows(told: dict[str, Any], model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    counts = {item: count for item, count in model["parameters"].items() if item != "total"}
+    items = ", ".join(f"{item} {amount(count)}" for item, count in sorted(counts.items(), key=_by_count))
+    yield "parameters", f"{amount(model['parameters']['total'])}: {items}"
+    positions, each = model["positions_a_picture"], model["flops_a_picture"]
+    tokens = f", {amount(model['tokens'])} tokens" if positions > 1 else ""
+    yield "run", f"{model['steps']:,} updates of {model['batch']:,}: {amount(model['pictures'])} pictures{tokens}"
+    aware = f" a token; {amount(each['mask_aware'] / positions, 'G')} by what the masks show"
+    ends = aware if positions > 1 else " a picture"
+    yield "FLOPs", f"{model['flops']:.2g}, {amount(each['conventional'] / positions, 'G')}{ends}"
+    yield "memory", f"{'of each GPU':<30}{'fixed':>10}{'pass over':>24}{'peak':>10}"
+    for way in model["ways"]:
+        fixed, pictures = size(sum(way["bytes"].values())), max(1, way["pictures_at_once"])
+        over = f"{pictures:,} picture{'s' * (pictures > 1)} {size(way['pass_bytes']):>8}"
+        parts = f", a batch in {way['parts_of_a_batch']} parts" if way["parts_of_a_batch"] > 1 else ""
+        end = f"{duration(86400 * way['days'])}{parts}" if way["fits"] else "DOES NOT FIT"
+        yield "", f"{_way(way):<30}{fixed:>10}{over:>24}{size(way['peak_bytes']):>10}   {end}"
+    for sharded, bytes_of in {way["sharded"]: way["bytes"] for way in model["ways"]}.items():
+        held = ", ".join(f"{item} {size(count)}" for item, count in bytes_of.items())
+        yield "fixed", f"{_way({'sharded': sharded})}: {held}"
+    for way in model["evaluation"]:
+        held = ", ".join(f"{item} {size(way['bytes'][item])}" for item in LARGE if item in way["bytes"])
+        end = "" if way["fits"] else "   DOES NOT FIT"
+        yield "checkpoint", f"{_way(way)}: {size(way['peak_bytes'])}, of which {held}{end}"
+    if told["gpus"] > model["batch"]:
+        yield "beware", f"a batch of {model['batch']} keeps {model['batch']} GPUs busy: the others have no picture"
+    if not model["fits"]:
+        yield "next", _what_would_help(told["kind"], model["least_gpus"])
+
+
+def _what_would_help(kind: str, least: dict[str, int | None]) -> str:
+    if least["all"] is not None:
+        return f"take {least['all']} × {kind} or more, with shares and recomputing; or GPUs of more memory"
+    if least["training"] is not None:
+        train = f"{least['training']} × {kind} can train it, with shares and recomputing, but no number can score"
+        return f"{train} its checkpoints, for which each gathers the whole model: take GPUs of more memory"
+    return f"no number of {kind} is enough for one picture: take GPUs of more memory, or a smaller model"
+
+
+def _way(way: dict[str, Any]) -> str:
+    return ("shares (FSDP2)" if way["sharded"] else "copies (DDP)") + (", recomputed" if way.get("recompute") else "")
+
+
+def amount(count: float, billion: str = "B") -> str:
+    """A large number as people say it.
+
+    >>> amount(7936), amount(65_011_712), amount(12_292_808_448), amount(9.89e14, "G")
+    ('7.94 k', '65 M', '12.3 B', '989 T')
+    """
+    for unit in ("", "k", "M", billion, "T"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}".rstrip()
+        count /= 1000
+    return f"{count:.3g} P"
 
 
 def percent(share: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefect import flow
 
-from infra.cluster import Cluster, is_job, job_server
+from infra.cluster import Cluster, Place, is_job, job_server
 from infra.store import open_store
 from models.dvae import DvaeSettings
 from models.sampling import SampleSettings
@@ -18,7 +18,7 @@ from models.transformer import TransformerSettings
 from ops.chart_picture import charts_svg
 from ops.charts import number
 from ops.errors import ArmchairError
-from ops.jobs import Job, Place, TokenizerTrainSettings, TransformerTrainSettings
+from ops.jobs import Job, TokenizerTrainSettings, TransformerTrainSettings
 from ops.report_stages import MORE, charts_of
 from ops.run_record import read_run
 from ops.train_job import train_as_job

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 from prefect import task
@@ -23,6 +24,7 @@ from infra.cluster import Cluster, connect
 from infra.store import Store, absolute, open_store
 from ops.attempts import deferral_text, list_attempts
 from ops.contact_sheet import contact_sheet
+from ops.encoder import AGREEMENT
 from ops.errors import ArmchairError, Incomplete
 from ops.shards import read_receipt
 from ops.shared import check_shared
@@ -35,6 +37,7 @@ NEXT = {
     "deferred": "run the same command again when the web is well; --accept-partial commits with what there is",
     "failed": "mend what the message names, then run the same command again",
     "WorkerCrashedError": "the worker was killed: look for memory and disk of its node, then run the command again",
+    "ActorDiedError": "its actor was killed: look for memory and disk of its node, then run the command again",
     "OutOfMemoryError": "fewer fetch.threads or a larger node, then run the same command again",
 }
 """What to do about a shard that is left: by the class of its error, else by its state."""
@@ -62,6 +65,7 @@ class Tally:
     rejected: Counter[str] = field(default_factory=Counter)
     unfinished: list[dict[str, Any]] = field(default_factory=list)
     worker_s: float = 0.0
+    agreements: list[float] = field(default_factory=list)
     committed: list[tuple[int, int]] = field(default_factory=list)
     began_s: float = field(default_factory=time.monotonic)
 
@@ -69,6 +73,8 @@ class Tally:
         """Counts one shard that ended."""
         self.states[outcome.state] += 1
         self.worker_s += outcome.seconds
+        if outcome.agreement is not None:
+            self.agreements.append(outcome.agreement)
         if outcome.state == "committed" and len(self.committed) < 50:  # enough for a contact sheet
             self.committed.append((outcome.shard, outcome.generation))
         if outcome.state in ("committed", "already"):  # what a deferred shard fetched is not on disk
@@ -91,11 +97,18 @@ class Tally:
 
     def as_json(self) -> dict[str, Any]:
         """The counts of this run, for people and for `--json`."""
-        return {
+        told: dict[str, Any] = {
             "shards": {"planned": self.planned, **self.states},
             "pairs": {"rows": self.rows, "kept": self.kept, "rejected": dict(self.rejected)},
             "unfinished": self.unfinished,
         }
+        if self.agreements:
+            told["bfloat16"] = {
+                "agreement": fmean(self.agreements),
+                "lowest": min(self.agreements),
+                "shards_in_float32": sum(share < AGREEMENT for share in self.agreements),
+            }
+        return told
 
 
 def run_in_waves(
@@ -202,6 +215,12 @@ def report_of(stage: str, location: str, tally: Tally, ended: str, changed: Sequ
         lines += [f"- **pairs** {tally.rows:,} judged, {tally.kept:,} kept ({share:.1f} %)"]
         lines += [f"- **rate** {tally.rows / max(seconds, 1e-3):,.4g} pairs/s over {duration(seconds)}"]
         lines += [f"- **cost** {duration(tally.worker_s)} of workers"]
+    if half := tally.as_json().get("bfloat16"):
+        lines += [f"- **bfloat16** gave {half['agreement']:.3%} of a sample's codes as float32 did"]
+        lines[-1] += f" (lowest shard {half['lowest']:.3%})"
+    if half and half["shards_in_float32"]:
+        lines += [f"- **warning** {half['shards_in_float32']} shards agreed on less than {AGREEMENT:.1%} of the codes"]
+        lines[-1] += " and were encoded in float32, which is slower"
     if tally.rejected:
         lines += ["", "| reason | class | pairs | share |", "|---|---|---:|---:|"]
         for reason, kind, count in reasons_of(dict(tally.rejected)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -93,19 +94,27 @@ def drawn(number: int, side: int) -> tuple[str, np.ndarray]:
 
 
 def write_pair_shard(
-    location: Path, shard: int, numbers: list[int], side: int = 32, generation: int = 0, weight: float = 1.0
+    location: Path,
+    shard: int,
+    numbers: list[int],
+    side: int = 32,
+    generation: int = 0,
+    weight: float = 1.0,
+    damaged: int | None = None,
+    draw: Callable[[int, int], tuple[str, np.ndarray]] = drawn,
 ) -> Receipt:
-    """Commits a pair shard of drawn pictures. Every fifth row is a rejected one, every eighth kept one is held out."""
+    """Commits a pair shard of drawn pictures. Every fifth row is a rejected one, every eighth kept one is held out. The
+    JPEG of the number `damaged` is cut."""
     store = open_store(str(location))
     start_stage(store, "pairs", {"picture": asdict(PictureSettings(short_side_px=32))}, {}, "")
     rows, members, statuses = [], [], []
     for row, number in enumerate(numbers):
-        caption, pixels = drawn(number, side)
+        caption, pixels = draw(number, side)
         key, uid = f"{shard:05d}{row:04d}", f"{number:032x}"
         statuses.append("timeout" if row % 5 == 4 else "success")
         rows.append({"key": key, "uid": uid, "url": f"http://example.org/{number}", "caption": caption})
         if statuses[-1] == "success":
-            jpeg = encode_jpeg(pixels, 90)
+            jpeg = encode_jpeg(pixels, 90)[: 100 if number == damaged else None]
             members += [(f"{key}.jpg", jpeg), (f"{key}.json", json.dumps({"uid": uid}).encode())]
             members.append((f"{key}.txt", caption.encode()))
     scratch = location.parent / f"scratch-{shard}-{generation}"

@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,6 +50,12 @@ class Nodes:
 
     address: str
     nodes: list[Node]
+    _start: Callable[[int], Node]
+
+    def switch_on(self, node: Node) -> None:
+        """A machine of that name joins again, with nothing that it had."""
+        number = self.nodes.index(node)
+        self.nodes[number] = self._start(number)
 
 
 @contextmanager
@@ -56,7 +63,7 @@ def three_nodes(*unshared: Path, environment: dict[str, str] | None = None, cpus
     """A head and two more nodes. `unshared` are directories that each node sees empty, and its own."""
     # A short path: Ray's socket names must stay under 107 characters.
     with TemporaryDirectory(prefix="three-", ignore_cleanup_errors=True) as folder:
-        root = Path(folder)
+        root, starts = Path(folder), count()
         (root / "scratch").mkdir()
         [port] = free_ports(1)
         beside = " ".join(str(path) for path in unshared)
@@ -64,26 +71,30 @@ def three_nodes(*unshared: Path, environment: dict[str, str] | None = None, cpus
         settings |= {"RAY_USAGE_STATS_ENABLED": "0"} | (environment or {})
         # Ray takes 30 s and more to believe that a node is gone; a test is not to wait so long.
         settings |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}
+
+        def start(number: int) -> Node:
+            place = ["--head", f"--port={port}", "--include-dashboard=false"]
+            place = place if number == 0 else [f"--address=127.0.0.1:{port}"]
+            command = [str(RAY), "start", "--block", *place, f"--node-ip-address=127.0.0.{number + 1}"]
+            command += [f"--num-cpus={cpus}", f"--temp-dir={root / f'ray-{number}-{next(starts)}'}"]
+            command += ["--disable-usage-stats", "--object-store-memory=80000000"]
+            log = root / f"node-{number}.txt"
+            with log.open("wb") as out:
+                process = subprocess.Popen(
+                    [*UNSHARE, "sh", "-ec", MOUNT, "sh", *command],
+                    env=os.environ | settings | {"NODE": f"node-{number + 1}"},
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+            _wait_until_up(process, log)
+            return Node(f"node-{number + 1}", process)
+
         nodes: list[Node] = []
         try:
             for number in range(3):
-                place = ["--head", f"--port={port}", "--include-dashboard=false"]
-                place = place if number == 0 else [f"--address=127.0.0.1:{port}"]
-                command = [str(RAY), "start", "--block", *place, f"--node-ip-address=127.0.0.{number + 1}"]
-                command += [f"--num-cpus={cpus}", f"--temp-dir={root / f'ray-{number}'}", "--disable-usage-stats"]
-                command += ["--object-store-memory=80000000"]
-                log = root / f"node-{number}.txt"
-                with log.open("wb") as out:
-                    process = subprocess.Popen(
-                        [*UNSHARE, "sh", "-ec", MOUNT, "sh", *command],
-                        env=os.environ | settings | {"NODE": f"node-{number + 1}"},
-                        stdout=out,
-                        stderr=out,
-                        start_new_session=True,
-                    )
-                nodes.append(Node(f"node-{number + 1}", process))
-                _wait_until_up(process, log)
-            yield Nodes(f"127.0.0.1:{port}", nodes)
+                nodes.append(start(number))
+            yield Nodes(f"127.0.0.1:{port}", nodes, start)
         finally:
             for node in reversed(nodes):
                 node.switch_off()

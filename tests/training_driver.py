@@ -10,8 +10,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from infra.cluster import Cluster, connect, quiet_environment
-from ops.jobs import Job, Place
+from infra.cluster import Cluster, Place, connect, quiet_environment
+from ops.jobs import Job
 
 
 def _train(job: Job, place: Place) -> None:

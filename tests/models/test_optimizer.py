@@ -17,7 +17,7 @@ def test_matrices_decay_and_biases_and_gains_do_not_and_nothing_is_left_out():
         ]
     for model in models:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        decayed, kept = parameter_groups(model, 0.045)
+        decayed, kept = parameter_groups(model.parameters(), 0.045)
         assert decayed["weight_decay"] == 0.045
         assert kept["weight_decay"] == 0.0
         assert {id(p) for p in decayed["params"] + kept["params"]} == set(names)
@@ -28,5 +28,5 @@ def test_matrices_decay_and_biases_and_gains_do_not_and_nothing_is_left_out():
 def test_a_frozen_weight_is_in_no_group():
     layer = torch.nn.Linear(2, 2)
     layer.weight.requires_grad_(False)
-    decayed, kept = parameter_groups(layer, 0.1)
+    decayed, kept = parameter_groups(layer.parameters(), 0.1)
     assert (decayed["params"], len(kept["params"])) == ([], 1)

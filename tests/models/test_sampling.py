@@ -39,6 +39,20 @@ def test_the_most_probable_picture_is_the_one_a_full_forward_pass_finds(attentio
     assert torch.equal(sample(model, text, GREEDY, [0, 1, 2]), codes)
 
 
+def test_under_autocast_the_cache_has_its_precision_and_the_picture_is_the_full_forward_pass_s():
+    model = build(layers=7)
+    text, codes = batch(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = Cache(model, 3)
+        assert {layer.dtype for layer in cache.layers} == {torch.bfloat16}
+        cached = [model.prefill(text, cache), *(model.step(codes[:, n], n, cache) for n in range(15))]
+        full_BNV = model.image_logits(text, codes)
+        drawn = sample(model, text, SampleSettings(guidance=0.5), [0, 1, 2])
+    assert torch.allclose(torch.stack(cached, dim=1).float(), full_BNV.float(), atol=0.25)  # 8 bits of logits up to 10
+    assert drawn.shape == (3, 16)
+    assert Cache(model, 3).layers[0].dtype == torch.float32
+
+
 def test_guidance_moves_away_from_the_prediction_without_a_caption():
     model = build()
     text, _ = batch(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from models.attention import mask
+from models.sampling import SampleSettings, sample
 from models.text import BOS, EOS, PAD
 from models.transformer import SelfAttention, Transformer, TransformerSettings, cross_entropy
 
@@ -249,3 +251,120 @@ def test_a_few_steps_learn_a_few_pairs():
         loss.objective(1 / 8, int(loss.text_tokens_B.sum()), 3).backward()
         optimizer.step()
     assert (loss.image_nats_B / 16).mean().item() < 0.3  # from ln 50 = 3.9
+
+
+# Speed and memory -------------------------------------------------------------------------------------------------
+
+
+def learned(model: Transformer, text: torch.Tensor, codes: torch.Tensor) -> list[torch.Tensor]:
+    """The loss of one batch, and its gradients."""
+    loss = model(text, codes).objective(1 / 8, int((text[:, 1:] != PAD).sum()), len(text))
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def bytes_kept(model: Transformer, text: torch.Tensor, codes: torch.Tensor) -> int:
+    """Bytes of different memory, weights excepted, that a forward pass keeps for the backward pass."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(text, codes)  # alive, so that no memory is given to two tensors
+    del loss
+    return sum(kept.values())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on a CPU it is for tests
+def test_flex_attention_changes_no_state():
+    model = build(layers=7, text_positions=9, grid=12, conv_kernel=5)  # row, column, conv
+    text, codes = batch(model, 2)
+    with torch.no_grad():  # on a CPU FlexAttention has no backward pass
+        expected = model.states(text, codes)
+        model.flex = True
+        states = model.states(text, codes)
+    assert (states - expected).abs().max().item() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_flex_attention_is_the_masked_attention():
+    model = build(layers=7, width=64, text_positions=200, grid=24).cuda()
+    text, codes = (part.cuda() for part in batch(model, 2))
+    for with_gradients in (True, False):
+        with torch.set_grad_enabled(with_gradients):
+            model.flex = None
+            assert model._uses_flex(text.device)
+            states = model.states(text, codes)
+            model.flex = False
+            assert (states - model.states(text, codes)).abs().max().item() < 1e-5
+    model.flex = False
+    expected = learned(model, text, codes)
+    model.flex = None
+    model.compile_blocks()
+    for ours, theirs in zip(learned(model, text, codes), expected, strict=True):
+        assert (ours - theirs).norm().item() < 1e-4 * theirs.norm().item() + 1e-6
+
+
+def test_on_a_cpu_nobody_needs_to_ask_for_masked_attention():
+    assert not build(grid=16)._uses_flex(torch.device("cpu"))
+    assert build(grid=16, heads=2)._uses_flex(torch.device("cuda"))
+    assert not build(grid=16, heads=4)._uses_flex(torch.device("cuda"))  # heads of 8: narrower than its kernels
+    assert not build(grid=8, heads=2)._uses_flex(torch.device("cuda"))  # 71 positions: one block
+
+
+def test_recomputing_keeps_less_and_changes_no_bit():
+    model = build(layers=7)
+    text, codes = batch(model)
+    expected, kept = learned(model, text, codes), bytes_kept(model, text, codes)
+    model.recompute = True
+    for ours, theirs in zip(learned(model, text, codes), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    # A block keeps one state of its 16 and more.
+    assert bytes_kept(model, text, codes) < kept / 4
+    with torch.no_grad():
+        assert torch.equal(model(text, codes).image_nats_B, model(text, codes).image_nats_B)
+
+
+of_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@of_dynamo
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_have_the_same_names_state_loss_and_samples(recompute):
+    model = build(layers=3)
+    text, codes = batch(model)
+    names, expected = list(model.state_dict()), learned(model, text, codes)
+    drawn = sample(model, text, SampleSettings(), [1, 2, 3])
+    model.recompute = recompute
+    model.compile_blocks(backend="aot_eager")
+    assert list(model.state_dict()) == names
+    for ours, theirs in zip(learned(model, text, codes), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(sample(model, text, SampleSettings(), [1, 2, 3]), drawn)
+    average = copy.deepcopy(model)  # as Ema makes it
+    assert torch.allclose(average.image_logits(text, codes), model.image_logits(text, codes), atol=1e-5)
+
+
+@of_dynamo
+def test_equal_blocks_share_one_compiled_form_and_sampling_makes_none():
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = build(layers=9)
+    text, codes = batch(model)
+    model.compile_blocks(backend=count)
+    with torch.no_grad():
+        model(text, codes)
+        assert len(compiled) == 1  # masks are an argument
+        sample(model, text, SampleSettings(), [1, 2, 3])
+    assert len(compiled) == 1
+    torch._dynamo.reset()

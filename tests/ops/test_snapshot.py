@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,17 @@ import pytest
 
 from infra.store import open_store
 from ops.errors import StorageError, UnknownFormat, UsageError
-from ops.shards import read_receipt, read_receipts
-from ops.snapshot import SNAPSHOT, read_snapshot, source_fingerprint, take_snapshot
+from ops.shards import FileRef, read_receipt, read_receipts
+from ops.snapshot import (
+    SNAPSHOT,
+    Group,
+    Groups,
+    PinnedShard,
+    Snapshot,
+    read_snapshot,
+    source_fingerprint,
+    take_snapshot,
+)
 from tests.ops.conftest import Learned, MakePairs
 from tests.small_runs import write_pair_shard
 
@@ -21,6 +31,46 @@ def test_a_snapshot_is_read_back_as_it_was_written(make_pairs: MakePairs, tmp_pa
     into.put(SNAPSHOT, snapshot.to_json())
     assert read_snapshot(into) == snapshot
     assert read_snapshot(into).digest == snapshot.digest
+
+
+def test_the_text_of_a_snapshot_is_that_of_earlier_versions() -> None:
+    ref, groups = FileRef("data/0.tar", 9, "ab"), Groups.of([Group(0, 256, 250, 6), Group(256, 4, 3, 1)])
+    shard = PinnedShard(7, 1, "cd", {"tar": ref}, groups)
+    where: dict[str, str | list[str]] = {"shards": [], "receipt": 'a "shards":[] within'}
+    snapshot = Snapshot("pictures", where, 1, None, (shard, replace(shard, shard=8)), ("drops/1",))
+    files = '{"tar":{"bytes":9,"key":"data/0.tar","sha256":"ab"}}'
+    one, other = '"first":0,"held_out":6,"rows":256,"train":250', '"first":256,"held_out":1,"rows":4,"train":3'
+    two = f'[{{"crop":0,{one}}},{{"crop":0,{other}}}]'
+    pinned = [f'{{"files":{files},"generation":1,"groups":{two},"receipt":"cd","shard":{n}}}' for n in (7, 8)]
+    assert snapshot.to_json().decode() == (
+        '{"crops":1,"drops":["drops/1"],"format":1,"kind":"pictures",'
+        f'"shards":[{pinned[0]},{pinned[1]}],"tokenizer":null,'
+        '"where":{"receipt":"a \\"shards\\":[] within","shards":[]}}'
+    )
+
+
+def test_reading_a_snapshot_takes_no_more_than_a_few_kilobytes_a_shard(tmp_path: Path) -> None:
+    shards = tuple(
+        PinnedShard(
+            number,
+            0,
+            f"{number:064x}",
+            {name: FileRef(f"data/{number:05d}.{name}", 1 << 28, f"{number:064x}") for name in ("tar", "parquet")},
+            Groups.of((first, 256, 250, 6, 0) for first in range(0, 40 * 256, 256)),
+        )
+        for number in range(1000)
+    )
+    into = open_store(str(tmp_path))
+    into.put(SNAPSHOT, Snapshot("pictures", {}, 1, None, shards, ()).to_json())
+    text = (tmp_path / SNAPSHOT).stat().st_size
+    tracemalloc.start()
+    snapshot = read_snapshot(into)
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert snapshot.shards == shards
+    print(f"{held / 1000:.0f} bytes a shard are held, {most / 1000:.0f} at most while {text / 1000:.0f} are read")
+    assert held / 1000 < 3000
+    assert most < held + 2.5 * text  # bytes and str; not ten times as much in dicts
 
 
 def test_a_snapshot_counts_what_where_and_split_select(make_pairs: MakePairs) -> None:

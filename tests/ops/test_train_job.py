@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from infra.cluster import ANSWER_S, REPO, Cluster, ClusterError, connect, job_server
+from infra.cluster import ANSWER_S, REPO, Cluster, ClusterError, Place, connect, job_server
 from infra.store import StoreError, open_store
 from models.transformer import TransformerSettings
 from ops.demo_web import serve
 from ops.errors import ArmchairError, Diverged, RecipeChanged, UsageError
-from ops.jobs import Job, Place, TransformerTrainSettings
+from ops.jobs import Job, TransformerTrainSettings
 from ops.run_record import read_run, read_runs
 from ops.train_job import _client, error_from, from_json, job_name, to_json, told_of, train_as_job
 from ops.trained import latest_checkpoint

@@ -16,16 +16,23 @@ from typing import Any
 import pytest
 import torch
 
-from infra.cluster import REPO
+from infra.cluster import REPO, Place
 from infra.store import TEMPORARY, open_store
 from models.dvae import dvae_loss
 from ops.errors import DamagedArtifact, Diverged, RecipeChanged, RunAlive, UsageError
-from ops.jobs import Job, Place, TokenizerTrainSettings, Worker
+from ops.jobs import Job, TokenizerTrainSettings, Worker
 from ops.learning import LEARN
 from ops.recipes import parse_sealed, seal
 from ops.run_record import ask_to_stop, claim_run, end_run, read_run
 from ops.snapshot import read_snapshot, take_snapshot
-from ops.trained import latest_checkpoint, load_tokenizer, load_weights, read_checkpoint_file, read_metrics
+from ops.trained import (
+    CHECKPOINT_FORMAT,
+    latest_checkpoint,
+    load_tokenizer,
+    load_weights,
+    read_checkpoint_file,
+    read_metrics,
+)
 from ops.training import prepare, train, train_here
 from ops.training_loop import rate, run_loop
 from pipelines.settings import PRESETS, resolve
@@ -171,10 +178,10 @@ def test_what_can_be_refused_is_refused_before_a_recipe_is_written(learned: Lear
 def test_a_loss_that_is_no_number_ends_the_run_before_it_touches_the_weights(learned: Learned, tmp_path: Path) -> None:
     into = shutil.copytree(learned.tokenizer, tmp_path / "into")
     (into / "steps" / "0000020" / "receipt.json").unlink()
-    path = next((into / "steps" / "0000010").glob("model-*.safetensors"))
+    path = next((into / "steps" / "0000010").glob("part-*.safetensors"))
     tensors, about = load_weights(path.read_bytes(), "")
-    tensors["decoder.output.bias"].fill_(math.nan)
-    _replace_file(into, path, "model.safetensors", tensors, about)
+    tensors["weight/decoder.output.bias"].fill_(math.nan)
+    _replace_file(into, path, "part-0000-of-0001.safetensors", tensors, about)
     with pytest.raises(Diverged) as ended:
         train_here(_job(learned, "tokenizer", into), threads=1)
     assert ended.value.args == (str(into), 11, 10)
@@ -188,12 +195,12 @@ def _replace_file(into: Path, path: Path, name: str, tensors: dict[str, torch.Te
 
     save_weights(path, tensors, about)
     receipt = path.with_name("receipt.json")
-    content = parse_sealed(receipt.read_bytes(), "")
+    content = parse_sealed(receipt.read_bytes(), "", CHECKPOINT_FORMAT)
     content["files"][name] |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     receipt.write_bytes(seal(content))
 
 
-@pytest.mark.parametrize("name", ["model", "ema", "state", "receipt"])
+@pytest.mark.parametrize("name", ["part", "receipt"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_without_its_receipt_the_run_goes_on_from_the_one_before(
     learned: Learned, tmp_path: Path, name: str, damage: str
@@ -210,7 +217,8 @@ def test_a_damaged_checkpoint_is_named_and_without_its_receipt_the_run_goes_on_f
         path.unlink()
     else:
         middle = len(whole) // 2
-        path.write_bytes(whole[:middle] if damage == "cut" else whole[:middle] + b"\x00" + whole[middle + 1 :])
+        flipped = bytes([whole[middle] ^ 0xFF])
+        path.write_bytes(whole[:middle] if damage == "cut" else whole[:middle] + flipped + whole[middle + 1 :])
     if (name, damage) != ("receipt", "gone"):
         with pytest.raises(DamagedArtifact) as refused:
             train_here(job, threads=1)
@@ -233,7 +241,7 @@ def test_a_cursor_that_is_not_the_steps_is_no_checkpoint(learned: Learned, tmp_p
     into = shutil.copytree(learned.model, tmp_path / "into")
     (into / "steps" / "0000020" / "receipt.json").unlink()
     receipt = into / "steps" / "0000010" / "receipt.json"
-    receipt.write_bytes(seal(parse_sealed(receipt.read_bytes(), "") | {"cursor": 72}))
+    receipt.write_bytes(seal(parse_sealed(receipt.read_bytes(), "", CHECKPOINT_FORMAT) | {"cursor": 72}))
     with pytest.raises(DamagedArtifact, match=r"0000010/receipt\.json.*step 10 of 8 positions.*the cursor 72"):
         train_here(_job(learned, "transformer", into), threads=1)
 
@@ -279,7 +287,7 @@ def test_a_batch_of_holes_only_is_no_step(make_pairs: MakePairs, tmp_path: Path)
     checkpoint = latest_checkpoint(store)
     assert checkpoint is not None
     weights, _ = load_weights(read_checkpoint_file(store, checkpoint, "model.safetensors"), "")
-    untouched = LEARN["tokenizer"](job, store, read_snapshot(store), Worker()).model.state_dict()
+    untouched = LEARN["tokenizer"](job, store, read_snapshot(store), Worker()).initial().state_dict()
     assert all(torch.equal(weights[name], untouched[name]) for name in untouched)
 
 
@@ -287,13 +295,14 @@ def test_the_usage_term_has_the_value_and_the_gradient_of_the_batch_statistic(le
     job = tokenizer_job(learned.pairs, learned.tokenizer)
     store = open_store(str(learned.tokenizer))
     learning = LEARN["tokenizer"](job, store, read_snapshot(store), Worker())
-    images_BCHW, seeds_B = learning.batch(0, 8)
+    model, batch = learning.initial(), learning.batch(0, 8)
+    assert batch is not None
 
     def gradients(objective: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.autograd.grad(objective, list(learning.model.parameters()), allow_unused=True))
+        return list(torch.autograd.grad(objective, list(model.parameters()), allow_unused=True))
 
-    total, codes = learning.measure((images_BCHW, seeds_B), 3)["usage"]
-    expected = dvae_loss(learning.model, images_BCHW, seeds_B, 3).usage_loss  # type: ignore[arg-type]
+    total, codes = learning.measure(model, batch, 3)["usage"], batch.counts["usage"]
+    expected = dvae_loss(model, *batch.inputs, 3).usage_loss  # type: ignore[arg-type]
     assert float(total.detach()) / codes == pytest.approx(float(expected.detach()), rel=1e-5)
     for mine, its in zip(gradients(total / codes), gradients(expected), strict=True):
         assert (mine is None) == (its is None)

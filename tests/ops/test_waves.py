@@ -6,15 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayError
 
 from infra.store import open_store
 from ops.attempts import Attempt, list_attempts, read_attempt
 from ops.errors import DamagedArtifact
-from ops.waves import ShardOutcome, drive, on_ray
+from ops.waves import Actors, ShardOutcome, drive, on_ray
 
 pytestmark = pytest.mark.cluster
 
@@ -44,24 +46,82 @@ def do_chore(chore: Chore) -> ShardOutcome:
     return ShardOutcome(chore.shard, 0, "committed", rows=1)
 
 
-def test_a_dead_worker_is_recorded_and_its_shard_given_to_another(tmp_path: Path, ray_cluster: None) -> None:
+@pytest.mark.parametrize("kind", ["task", "actor"])
+def test_a_dead_worker_is_recorded_and_its_shard_given_to_another(kind: str, tmp_path: Path, ray_cluster: None) -> None:
+    """A task's worker, or the only actor, which three others replace and which costs no other shard an attempt."""
     store = open_store(str(tmp_path))
-    chores = [Chore(0, str(tmp_path)), Chore(1, str(tmp_path), deaths=2), Chore(2, str(tmp_path), deaths=3)]
-    outcomes = {outcome.shard: outcome for outcome in drive(chores, on_ray(do_chore, "chore"), store, "pairs", 2)}
-    assert [(outcomes[i].state, outcomes[i].deaths) for i in range(3)] == [
+    deadly = [Chore(0, str(tmp_path)), Chore(1, str(tmp_path), deaths=2), Chore(2, str(tmp_path), deaths=3)]
+    chores = [*deadly, Chore(3, str(tmp_path))]
+    with Actors(do_chore, "chore", 1) if kind == "actor" else nullcontext(on_ray(do_chore, "chore")) as submit:
+        outcomes = {outcome.shard: outcome for outcome in drive(chores, submit, store, "pairs", 2)}
+    assert [(outcomes[i].state, outcomes[i].deaths) for i in range(4)] == [
         ("committed", 0),
         ("committed", 2),
         ("failed", 3),
+        ("committed", 0),
     ]
-    assert outcomes[2].error == "WorkerCrashedError"
+    assert outcomes[2].error == {"task": "WorkerCrashedError", "actor": "ActorDiedError"}[kind]
     records = [read_attempt(store, name) for name in list_attempts(store)]
     states = [(record["shard"], record["state"]) for record in records]
     assert sorted(states) == [
         (0, "committed"),
         *[(1, "committed"), (1, "died"), (1, "died")],
         *[(2, "died")] * 3,
+        (3, "committed"),
     ]
     assert all(record["pid"] != os.getpid() for record in records), "each death is told in its worker's own record"
+
+
+def tell_pid(chore: Chore) -> ShardOutcome:
+    time.sleep(0.05)
+    return ShardOutcome(chore.shard, 0, "committed", text=str(os.getpid()))
+
+
+def test_actors_stay_and_share_the_shards(tmp_path: Path, ray_cluster: None) -> None:
+    chores, store = [Chore(i, str(tmp_path)) for i in range(12)], open_store(str(tmp_path))
+    with Actors(tell_pid, "chore", 2) as actors:
+        ends = drive(chores, actors, store, "pairs", 2)
+        first = next(ends)
+        while actors.starting():  # the other is not there yet
+            actors.has_room()
+            time.sleep(0.01)
+        pids = [int(outcome.text) for outcome in (first, *ends)]
+    assert len(pids) == 12
+    assert len(set(pids)) == 2
+    until_s = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/stat").exists() for pid in set(pids)):
+        assert time.monotonic() < until_s, "the actors outlive their block"
+        time.sleep(0.05)
+
+
+def test_an_actor_that_finds_no_place_is_given_nothing(tmp_path: Path, ray_cluster: None) -> None:
+    chores, store = [Chore(i, str(tmp_path)) for i in range(6)], open_store(str(tmp_path))
+    with Actors(tell_pid, "chore", 3, num_cpus=2) as actors:  # of which this Ray has two in all
+        outcomes = list(drive(chores, actors, store, "pairs"))
+        assert len(actors.starting()) == 2
+    assert [outcome.state for outcome in outcomes] == ["committed"] * 6
+    assert len({outcome.text for outcome in outcomes}) == 1
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Deadly:
+    """Work that kills the process that receives it."""
+
+    def __call__(self, chore: Chore) -> ShardOutcome:
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return die, ()
+
+
+def test_actors_that_cannot_start_end_the_run(tmp_path: Path, ray_cluster: None) -> None:
+    store = open_store(str(tmp_path))
+    with Actors(Deadly(), "chore", 1) as actors, pytest.raises(RayError):
+        list(drive([Chore(0, str(tmp_path))], actors, store, "pairs"))
+    assert list(list_attempts(store)) == [], "no shard was begun"
 
 
 def test_a_shard_that_raises_is_an_outcome_and_the_others_go_on(tmp_path: Path, ray_cluster: None) -> None:

@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 
-from infra.cluster import REPO, Cluster
+from infra.cluster import REPO, Cluster, Place
 from infra.store import open_store
-from ops.jobs import Place
 from ops.run_record import read_run
 from ops.train_job import _client
 from ops.trained import latest_checkpoint
