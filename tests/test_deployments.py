@@ -227,8 +227,9 @@ def test_the_page_deploys_what_the_file_says_and_schedules_create_runs(prefect: 
     fields = nightly["parameter_openapi_schema"]["definitions"]["FetchSettings"]["properties"]
     assert fields["deadline_s"]["description"], "the docstring of a setting is its help in the form"
     training = prefect.deployment("default", "train-transformer")
-    fields = training["parameter_openapi_schema"]["definitions"]["TransformerSettings"]["properties"]
-    assert fields["width"]["description"]
+    for settings in ("TransformerSettings", "TransformerTrainSettings", "Place", "Cluster"):
+        fields = training["parameter_openapi_schema"]["definitions"][settings]["properties"]
+        assert all(field.get("description") for field in fields.values()), "inherited settings, too"
     settings = prefect.deployment("default", "build")["parameter_openapi_schema"]["properties"]["settings"]
     assert [kind.get("type", "an object") for kind in settings["anyOf"]] == ["an object", "string"]
     of_nightly = {"deployments": {"id": {"any_": [nightly["id"]]}}}
