@@ -196,15 +196,21 @@ def job_server(address: str) -> str | None:
     _check_answers(address)
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import RayError
 
-    known = GcsClient(address=canonicalize_bootstrap_address_or_die(address))
     give_up_s = time.monotonic() + ANSWER_S
-    # A head says so some seconds after it is up.
-    while not (found := known.internal_kv_get(b"dashboard", b"dashboard")):
-        if time.monotonic() > give_up_s:
-            return None
-        time.sleep(0.5)
-    url, session = f"http://{found.decode()}", known.internal_kv_get(b"session_name", b"session").decode()
+    try:
+        known = GcsClient(address=canonicalize_bootstrap_address_or_die(address))
+        # A head says so some seconds after it is up.
+        while not (found := known.internal_kv_get(b"dashboard", b"dashboard")):
+            if time.monotonic() > give_up_s:
+                return None
+            time.sleep(0.5)
+        session = known.internal_kv_get(b"session_name", b"session").decode()
+    except RayError as error:
+        told = str(error).partition("\n")[0]
+        raise ClusterError(f"{address} does not let us in: {told} Is RAY_AUTH_TOKEN that of the cluster?") from None
+    url = f"http://{found.decode()}"
     return url if _session(url) == session else None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.dataclasses import dataclass
 
 from models.dvae import DvaeSettings
@@ -78,6 +78,16 @@ class TrainSettings:
     """Seed of the initial weights, the order of rows, crops, noise and dropout."""
     where: dict[str, str | list[str]] = Field(default_factory=dict)
     """Columns of the lists and the value, or values, that a pair must have to be trained on; empty: all pairs."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Prefect's form. pydantic reads docstrings in a class's own source; those of inherited fields stand here."""
+        schema = handler(core)
+        for name, shown in handler.resolve_ref_schema(schema)["properties"].items():
+            known = [vars(owner).get("__pydantic_fields__", {}).get(name) for owner in cls.__mro__]
+            told = [each.description for each in known if each is not None and each.description]
+            shown |= {"description": told[0]} if told else {}
+        return schema
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))

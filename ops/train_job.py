@@ -103,6 +103,7 @@ def _stem(job: Job) -> str:
 
 
 def _client(server: str) -> JobSubmissionClient:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
@@ -116,6 +117,8 @@ def _client(server: str) -> JobSubmissionClient:
     try:
         with _instead_of_ray_address(server):
             return Client(server)
+    except AuthenticationError:
+        raise ClusterError(f"{server} wants another token. Set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN.") from None
     except (OSError, RuntimeError) as error:
         raise ClusterError(f"{server} is no job server of Ray: {error}. Correct --address or RAY_ADDRESS.") from None
 

@@ -30,11 +30,12 @@ import yaml
 
 from infra.store import LocalStore, open_store
 from ops.demo_web import DemoWeb, serve
+from ops.run_record import read_run
 from ops.shards import committed_generations
 from ops.trained import latest_checkpoint
 from tests.ops.conftest import Learned
 from tests.pairs import assert_conserved, generated, rows
-from tests.ray_head import ray_head
+from tests.ray_head import Head, ray_head
 from tests.small_runs import TRANSFORMER, TRANSFORMER_TRAINING
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -226,8 +227,9 @@ def test_the_page_deploys_what_the_file_says_and_schedules_create_runs(prefect: 
     fields = nightly["parameter_openapi_schema"]["definitions"]["FetchSettings"]["properties"]
     assert fields["deadline_s"]["description"], "the docstring of a setting is its help in the form"
     training = prefect.deployment("default", "train-transformer")
-    fields = training["parameter_openapi_schema"]["definitions"]["TransformerSettings"]["properties"]
-    assert fields["width"]["description"]
+    for settings in ("TransformerSettings", "TransformerTrainSettings", "Place", "Cluster"):
+        fields = training["parameter_openapi_schema"]["definitions"][settings]["properties"]
+        assert all(field.get("description") for field in fields.values()), "inherited settings, too"
     settings = prefect.deployment("default", "build")["parameter_openapi_schema"]["properties"]["settings"]
     assert [kind.get("type", "an object") for kind in settings["anyOf"]] == ["an object", "string"]
     of_nightly = {"deployments": {"id": {"any_": [nightly["id"]]}}}
@@ -351,30 +353,75 @@ def test_after_a_machine_died_the_run_is_crashed_and_only_what_is_missing_is_don
     assert set(night.asked(new)) == {url.removeprefix(night.web.url).partition("?")[0] for url, _ in new}
 
 
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head() as up:
+        yield up
+
+
+def jobs_into(head: Head, into: Path) -> list[str]:
+    """What became of the jobs that train in a place."""
+    found = json.loads(urlopen(f"{head.server}/api/jobs/", timeout=30).read())
+    return [job["status"] for job in found if (job["metadata"] or {}).get("into") == str(into)]
+
+
+def training_into(head: Head, learned: Learned, into: Path, **training: Any) -> dict[str, Any]:
+    return {
+        "tokens": str(learned.tokens),
+        "into": str(into),
+        "transformer": asdict(TRANSFORMER),
+        "training": asdict(TRANSFORMER_TRAINING) | training,
+        "place": {"threads": 1},
+        "cluster": {"address": head.server},
+    }
+
+
 def test_a_training_is_given_to_a_cluster_as_one_job_and_ends_as_on_a_laptop(
-    prefect: Prefect, learned: Learned, tmp_path: Path
+    prefect: Prefect, head: Head, learned: Learned, tmp_path: Path
 ) -> None:
     into = tmp_path / "model"
-    with ray_head() as head:
-        parameters = {
-            "tokens": str(learned.tokens),
-            "into": str(into),
-            "transformer": asdict(TRANSFORMER),
-            "training": asdict(TRANSFORMER_TRAINING),
-            "place": {"threads": 1},
-            "cluster": {"address": head.server},
-        }
-        given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
-        ended = prefect.run("prefect", "deployment", "run", "train-transformer/default", "--watch", *given)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        assert "Completed" in ended.stdout
-        jobs = [job["metadata"]["into"] for job in json.loads(urlopen(f"{head.server}/api/jobs/").read())
-                if job["type"] == "SUBMISSION"]  # fmt: skip
-    assert jobs == [str(into)]
+    parameters = training_into(head, learned, into)
+    given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
+    ended = prefect.run("prefect", "deployment", "run", "train-transformer/default", "--watch", *given)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "Completed" in ended.stdout
+    assert jobs_into(head, into) == ["SUCCEEDED"]
     here, there = latest_checkpoint(open_store(str(learned.model))), latest_checkpoint(open_store(str(into)))
     assert here is not None
     assert there is not None
     assert there.digest == here.digest
+
+
+def test_a_training_outlives_its_worker_and_a_run_that_is_cancelled_stops_it(
+    prefect: Prefect, head: Head, learned: Learned, tmp_path: Path
+) -> None:
+    into = tmp_path / "model"
+    store = open_store(str(into))
+    parameters = training_into(head, learned, into, steps=1_000_000, checkpoint_every=1_000_000)
+    path = f"/deployments/{prefect.deployment('default', 'train-transformer')['id']}/create_flow_run"
+    first = prefect.ask(path, {"parameters": parameters})["id"]
+    wait_for("it trains", lambda: "step" in (read_run(store) or {}))
+    driver = prefect.ask(f"/flow_runs/{first}")["labels"]["armchair.pid"]
+    prefect.kill("worker")
+    os.kill(driver, signal.SIGKILL)
+    step = (read_run(store) or {})["step"]
+    prefect.ask(f"/flow_runs/{first}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+    prefect.start("worker", line_of_page("prefect worker start"))
+
+    second = prefect.ask(path, {"parameters": parameters})["id"]
+    wait_for("the run follows the job", lambda: prefect.state(second) == "Running")
+    wait_for("it trains on", lambda: (read_run(store) or {})["step"] > step)
+    of_run = {"artifacts": {"flow_run_id": {"any_": [second]}}}
+    wait_for(
+        "its progress is shown",
+        lambda: [row for row in prefect.ask("/artifacts/filter", of_run) if row["type"] == "progress"],
+    )
+    assert jobs_into(head, into) == ["RUNNING"]
+    prefect.ask(f"/flow_runs/{second}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_for("the run is cancelled", lambda: prefect.state(second) == "Cancelled")
+    wait_for("and so is the job", lambda: jobs_into(head, into) == ["STOPPED"], 60)
+    record = read_run(store) or {}
+    assert (record["run"], record["state"]) == (1, "stopped"), "it ended by itself, and was not killed"
 
 
 @contextmanager

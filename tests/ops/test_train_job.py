@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,22 @@ def test_a_cluster_says_where_its_job_server_is(head: Head) -> None:
 def test_what_is_no_job_server_is_told(learned: Learned, tmp_path: Path) -> None:
     with serve(tmp_path) as web, pytest.raises(ClusterError, match="is no job server of Ray"):
         train_as_job(tokenizer_job(learned.pairs, tmp_path / "tokenizer"), PLACE, web.url)
+
+
+def test_a_cluster_that_wants_a_token_says_how_to_give_it(learned: Learned, tmp_path: Path) -> None:
+    class Closed(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ClusterError, match="Set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"):
+            train_as_job(tokenizer_job(learned.pairs, tmp_path / "tokenizer"), PLACE, address)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "http://127.0.0.1:{}"])
