@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.schedules import half_cosine, learning_rate, plateau_halvings
@@ -95,6 +95,7 @@ def test_losses_that_are_no_numbers_improve_nothing():
         plateau_halvings([1.0], patience=0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), max_size=40), st.integers(1, 5), st.floats(0, 1))
 def test_a_longer_history_takes_no_halving_back_and_adds_at_most_one(losses, patience, threshold):
     counts = [plateau_halvings(losses[:n], patience, threshold) for n in range(len(losses) + 1)]
