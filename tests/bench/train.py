@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.blocks import compile_each
 from models.text import BOS
 from models.transformer import Transformer, TransformerSettings
 from ops.estimate import GPUS, flops
@@ -89,7 +90,7 @@ def _step(model: torch.nn.Module, loss: Callable[[], Tensor], on: torch.device) 
 def _ours(settings: TransformerSettings, text_BT: Tensor, codes_BN: Tensor) -> Step:
     model = Transformer(settings).to(text_BT.device)
     if text_BT.is_cuda:
-        model.compile_blocks()
+        compile_each(model.blocks)
     tokens = text_BT.shape[0] * (settings.text_positions - 1)
 
     def loss() -> Tensor:
