@@ -20,10 +20,11 @@ from tests.buckets import free_ports
 
 @dataclass(frozen=True)
 class Head:
-    """Where it listens: `address` for drivers, `server` for jobs."""
+    """Where it listens: `address` for drivers, `server` for jobs, `metrics` for Prometheus."""
 
     address: str
     server: str
+    metrics: str
 
 
 @contextmanager
@@ -34,14 +35,19 @@ def ray_head(cpus: int = 2, names: str | None = None) -> Iterator[Head]:
     """
     # A short path: Ray's socket names must stay under 107 characters.
     with TemporaryDirectory(prefix="head-", ignore_cleanup_errors=True) as folder:
-        gcs, dashboard, agent, agent_grpc, client = free_ports(5)
+        gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
         python = Path(sys.executable)
         command = [str(python.with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
         server = names or f"http://127.0.0.1:{dashboard}"
         command += [f"--port={gcs}", f"--dashboard-port={server.rpartition(':')[2]}"]
         command += [f"--include-dashboard={str(names is None).lower()}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
-        command += [f"--ray-client-server-port={client}", f"--num-cpus={cpus}", f"--temp-dir={folder}/ray"]
+        command += [
+            f"--metrics-export-port={metrics}",
+            f"--ray-client-server-port={client}",
+            f"--num-cpus={cpus}",
+            f"--temp-dir={folder}/ray",
+        ]
         command += ["--object-store-memory=80000000", "--disable-usage-stats"]
         settings = {"RAY_AUTH_MODE": "disabled", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
         log = Path(folder) / "log.txt"
@@ -55,7 +61,7 @@ def ray_head(cpus: int = 2, names: str | None = None) -> Iterator[Head]:
                 assert process.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < give_up_s, log.read_text()[-3000:]
                 time.sleep(0.2)
-            yield Head(f"127.0.0.1:{gcs}", server)
+            yield Head(f"127.0.0.1:{gcs}", server, f"http://127.0.0.1:{metrics}/metrics")
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # its workers end when it is gone
             process.wait()

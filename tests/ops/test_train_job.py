@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from infra.cluster import ANSWER_S, REPO, Cluster, ClusterError, Place, connect, job_server
+from infra.metrics import GAUGES
 from infra.store import StoreError, open_store
 from models.transformer import TransformerSettings
 from ops.demo_web import serve
@@ -101,6 +103,33 @@ def test_two_who_ask_at_once_get_one_job_and_the_weights_of_a_laptop(
     assert any("20/20 steps" in line for line in said), said
     assert train_as_job(job, PLACE, head.server).was_done
     assert len(_jobs(head, job)) == 1
+
+
+@on_a_cluster
+def test_prometheus_reads_how_a_training_goes(head: Head, learned: Learned, tmp_path: Path) -> None:
+    training = replace(TRANSFORMER_TRAINING, steps=LONG, checkpoint_every=100, evaluate_pictures=0)
+    job = transformer_job(learned.tokens, tmp_path / "model", training)
+    driver = _drive(job, head)
+
+    def gauges() -> dict[str, float]:
+        try:
+            with urlopen(head.metrics, timeout=30) as told:
+                lines = [line for line in told.read().decode().splitlines() if f'into="{job.into}"' in line]
+        except OSError:  # the head is up before its exporter is
+            return {}
+        return {line.partition("{")[0].removeprefix("ray_"): float(line.rpartition(" ")[2]) for line in lines}
+
+    try:
+        _wait_for(lambda: gauges().keys() >= {name for name, _ in GAUGES.values()})
+        first = gauges()
+        _wait_for(lambda: gauges()["armchair_train_step"] > first["armchair_train_step"])
+        assert first["armchair_train_positions_per_s"] > 0
+        assert 0 <= first["armchair_train_data_wait_share"] < 1
+        assert 0 <= first["armchair_train_checkpoint_age_s"] < 120
+    finally:
+        driver.send_signal(signal.SIGINT)
+        driver.communicate()
+    assert set(_jobs(head, job).values()) == {"STOPPED"}
 
 
 @on_a_cluster
