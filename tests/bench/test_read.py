@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(900)
 def test_all_sides_give_every_picture_once_and_the_last_line_has_the_ratios() -> None:
     arguments = ["--shards", "2", "--drawn", "2", "--workers", "2", "--step-ms", "1", "--codes", "4096"]
     run = subprocess.run(
