@@ -1,4 +1,4 @@
-"""`armchair estimate`: lines for people, one object for scripts, and what would help where nothing fits."""
+"""Lines for people of `armchair estimate`: both models, and what would help where nothing fits; the same as JSON."""
 
 from __future__ import annotations
 
