@@ -49,7 +49,11 @@ def ray_head(cpus: int = 2, names: str | None = None) -> Iterator[Head]:
             f"--temp-dir={folder}/ray",
         ]
         command += ["--object-store-memory=80000000", "--disable-usage-stats"]
-        settings = {"RAY_AUTH_MODE": "disabled", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+        settings = {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_enable_metrics_collection": "1",
+            "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        }
         log = Path(folder) / "log.txt"
         with log.open("wb") as out:
             process = subprocess.Popen(
