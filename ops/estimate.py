@@ -28,9 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import blocks
 from models.attention import layer_kinds, mask
-from models.dvae import Block as DvaeBlock
 from models.dvae import Dvae, DvaeSettings
-from models.transformer import Block as TransformerBlock
 from models.transformer import Transformer, TransformerSettings
 from ops.errors import UsageError
 from ops.jobs import TokenizerTrainSettings, TrainSettings, TransformerTrainSettings
@@ -297,8 +295,7 @@ class Sizes:
         with torch.device("meta"):
             model = _model(self.settings)
         copied = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear | nn.Conv2d))
-        blocks = [part for part in model.modules() if isinstance(part, DvaeBlock | TransformerBlock)]
-        return copied, [sum(weight.numel() for weight in block.parameters()) for block in blocks]
+        return copied, [sum(weight.numel() for weight in block.parameters()) for block in model.blocks]
 
     @cached_property
     def _passes(self) -> dict[tuple[int, bool, bool], int]:
@@ -347,11 +344,12 @@ class Sizes:
         items.pop("bf16 copies", None)
         if sharded:
             items["gathered"] = 2.0 * self.total  # a bf16 copy of all of it, to be called without the others
-        pictures = min(EVALUATION_BATCH, self.training.evaluate_pictures)
+        # Each GPU scores and draws its part of the pictures.
+        pictures = min(EVALUATION_BATCH, math.ceil(self.training.evaluate_pictures / gpus))
         scored = float(self.pass_bytes(pictures, backward=False)) if pictures else 0.0
         if isinstance(self.settings, TransformerSettings):
             positions = self.settings.text_positions + self.settings.image_positions
-            cache = SHEET_PICTURES * 2 * 2.0 * positions * self.settings.width * self.settings.layers
+            cache = math.ceil(SHEET_PICTURES / gpus) * 2 * 2.0 * positions * self.settings.width * self.settings.layers
             items["scores" if scored > cache else "cache"] = max(scored, cache)
         else:
             items["scores"] = scored
@@ -360,21 +358,16 @@ class Sizes:
     def least_gpus(self, limit: float) -> dict[str, int | None]:
         """The smallest power of two of GPUs that train it, sharded, recomputed and one picture at a time; and that also
         score its checkpoints. None: no number does, for what each of them holds whole does not fit."""
-        one = self.pass_bytes(1, recompute=self.can_recompute)
+        one = self.pass_bytes(1, recompute=True)
         numbers = [1 << n for n in range(MOST_GPUS.bit_length())]
         trains = [n for n in numbers if sum(self.items(n, sharded=True).values()) + one <= limit]
         scores = [n for n in trains if sum(self.evaluation(n, sharded=True).values()) <= limit]
         return {"training": min(trains, default=None), "all": min(scores, default=None)}
 
-    @property
-    def can_recompute(self) -> bool:
-        """Whether the model knows how to run blocks again instead of keeping what they made."""
-        return isinstance(self.settings, TransformerSettings)
-
     def ways(self, gpus: int, limit: float) -> Iterator[Memory]:
         """Each way to train it on so many GPUs, the quickest first."""
         for sharded in (False, True) if gpus > 1 else (False,):
-            for recompute in (False, True) if self.can_recompute else (False,):
+            for recompute in (False, True):
                 yield self.memory(gpus, limit, sharded=sharded, recompute=recompute)
 
 

@@ -159,7 +159,6 @@ def test_the_published_model_is_trained_in_shares_and_gathered_to_be_scored():
     assert ways[True, False]["pictures_at_once"] * ways[True, False]["parts_of_a_batch"] >= 16
     evaluation = next(one for one in told["evaluation"] if one["sharded"])
     assert evaluation["bytes"]["gathered"] == 2 * PUBLISHED.total == pytest.approx(24.6e9, rel=1e-3)
-    assert evaluation["bytes"]["cache"] == 16 * 2 * 2 * 1280 * 3968 * 64  # 16 pictures are drawn
     # 4.34e22 FLOPs at 0.35 of 64 · 989e12; recomputed a third more.
     assert ways[True, False]["days"] == pytest.approx(4.343e22 / (64 * 989e12 * 0.35) / 86_400, rel=1e-3)
     assert ways[True, True]["days"] == pytest.approx(4 / 3 * ways[True, False]["days"])
@@ -203,6 +202,8 @@ def test_more_gpus_help_where_shares_do_and_not_where_the_whole_is_too_large():
     assert sizes.least_gpus(one) == {"training": None, "all": None}
     wide = Sizes(TransformerSettings(), TransformerTrainSettings(evaluate_pictures=0))
     assert wide.least_gpus(16e9) == {"training": 32, "all": None}
+    # 16 pictures are drawn, two on each of 8 GPUs.
+    assert wide.evaluation(8, sharded=True)["cache"] == 2 * 2 * 2 * 1280 * 3968 * 64
 
 
 @pytest.mark.parametrize(
