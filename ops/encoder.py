@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.dvae import DvaeSettings
 from ops.errors import DamagedArtifact
 from ops.trained import load_tokenizer
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from models.dvae import Dvae
+    from models.dvae import Dvae, DvaeSettings
 
 ENCODE_BATCH = 64
 """Most pictures encoded at once. No setting: another batch could round another way, and give other bytes."""
@@ -44,8 +43,6 @@ def frozen_tokenizer(tokens: str, digest: str, device: str = "cpu") -> Dvae:
     if found != digest:
         raise DamagedArtifact(f"{tokens}/tokenizer", f"digest {digest}", f"digest {found}")
     if device == "cuda":
-        # torch's default is TF32, of 10 bits: no float32 to compare with, and too coarse for the stream.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         dvae.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return dvae
 
@@ -53,6 +50,7 @@ def frozen_tokenizer(tokens: str, digest: str, device: str = "cpu") -> Dvae:
 def encode_batch(settings: DvaeSettings, device: str) -> int:
     """Pictures that are encoded at once: a matter of the tokenizer's size and of the kind of device alone.
 
+    >>> from models.dvae import DvaeSettings
     >>> encode_batch(DvaeSettings(image_size=64, widths=(64, 128)), "cpu")
     4
     """
@@ -69,8 +67,13 @@ class Encoding:
     """
 
     def __init__(self, dvae: Dvae, half: torch.dtype | None) -> None:
+        import torch
+
         self.half = half
         self.dvae = dvae
+        if next(dvae.parameters()).is_cuda:
+            # torch's default is TF32, of 10 bits: no float32 to compare with, and too coarse for the stream.
+            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         self._sampled = self._equal = self._compared = 0
 
     @property

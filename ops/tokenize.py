@@ -156,14 +156,14 @@ def tokenize(
     """
     if not tasks:
         return
-    count, threads = _group(encoders, len(tasks))
+    count, threads = workers_for(encoders, len(tasks))
     work = partial(_tokenize_in_actor, threads=threads, gpu=encoders.gpu)
     with Actors(work, "tokenize", count, num_cpus=threads, num_gpus=int(encoders.gpu)) as actors:
         yield from drive(tasks, actors, open_store(tokens), "tokens", count, tick)
 
 
-def _group(encoders: Encoders, shards: int) -> tuple[int, int]:
-    """(actors, CPUs of each) on the nodes of the connected Ray."""
+def workers_for(encoders: Encoders, shards: int) -> tuple[int, int]:
+    """(actors, CPUs of each) on the nodes of the connected Ray. Raises UsageError if it can hold none."""
     import ray
 
     kind, most = ("GPU", 8) if encoders.gpu else ("CPU", 4)

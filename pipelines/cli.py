@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 
 from infra.cluster import Cluster, ClusterError, Place, quiet_environment
 
@@ -424,7 +424,12 @@ def tokenize(
     preset: Preset = (),
     sets: Sets = (),
     cpus: Cpus = None,
-    actors: Annotated[int | None, Parameter(help="Actors that encode; default: as many as the cluster holds.")] = None,
+    actors: Annotated[
+        int | None,
+        Parameter(
+            validator=validators.Number(gte=1), help="Actors that encode; default: as many as the cluster holds."
+        ),
+    ] = None,
     gpu: Annotated[bool, Parameter(negative="", help="Encode on GPUs, one for each actor.")] = False,
     json: Json = False,
 ) -> None:

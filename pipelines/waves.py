@@ -106,6 +106,7 @@ class Tally:
             told["bfloat16"] = {
                 "agreement": fmean(self.agreements),
                 "lowest": min(self.agreements),
+                "shards": len(self.agreements),
                 "shards_in_float32": sum(share < AGREEMENT for share in self.agreements),
             }
         return told
@@ -219,8 +220,10 @@ def report_of(stage: str, location: str, tally: Tally, ended: str, changed: Sequ
         lines += [f"- **bfloat16** gave {half['agreement']:.3%} of a sample's codes as float32 did"]
         lines[-1] += f" (lowest shard {half['lowest']:.3%})"
     if half and half["shards_in_float32"]:
-        lines += [f"- **warning** {half['shards_in_float32']} shards agreed on less than {AGREEMENT:.1%} of the codes"]
-        lines[-1] += " and were encoded in float32, which is slower"
+        lines += [
+            f"- **warning** {half['shards_in_float32']} of {half['shards']} shards were encoded in float32, slower"
+        ]
+        lines[-1] += f": less than {AGREEMENT:.1%} of their sample's codes agreed"
     if tally.rejected:
         lines += ["", "| reason | class | pairs | share |", "|---|---|---:|---:|"]
         for reason, kind, count in reasons_of(dict(tally.rejected)):

@@ -34,6 +34,7 @@ from ops.tokenize import (
     start_tokens,
     tokenize,
     tokenize_shard,
+    workers_for,
 )
 from ops.trained import load_tokenizer, tokenizer_digest
 from ops.verify import verify
@@ -387,6 +388,17 @@ def test_a_run_that_is_stopped_says_that_its_shards_were_interrupted(
     states = {record["shard"]: record["state"] for record in _attempts(tokens)}
     assert states.pop(first.shard) == "committed"
     assert list(states.values()) == ["interrupted"]
+
+
+@pytest.mark.cluster
+def test_as_many_actors_as_the_nodes_hold_and_never_more_than_shards(ray_cluster: None) -> None:
+    """Of a Ray of two CPUs."""
+    assert workers_for(Encoders(), shards=10) == (1, 2)
+    assert workers_for(Encoders(threads=1), shards=10) == (2, 1)
+    assert workers_for(Encoders(threads=1), shards=1) == (1, 1)
+    assert workers_for(Encoders(threads=1, actors=5), shards=10) == (5, 1), "a cluster may grow"
+    with pytest.raises(UsageError, match="a CPU and 3 CPUs for an actor"):
+        workers_for(Encoders(threads=3), shards=10)
 
 
 @pytest.mark.cluster

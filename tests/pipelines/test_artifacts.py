@@ -87,6 +87,25 @@ def test_what_came_of_an_ingest_and_of_a_tokenizing_is_shown(tmp_path: Path, lea
     assert (state, kinds(artifacts)) == ("Completed", common)
 
 
+def test_how_far_bfloat16_was_to_be_trusted_is_in_the_report() -> None:
+    from pipelines.waves import Tally, report_of
+
+    tally = Tally(3)
+    for shard, agreement in enumerate((0.9998, 0.9996, None)):
+        tally.add(ShardOutcome(shard, 0, "committed", 10, 10, agreement=agreement))
+    assert tally.as_json()["bfloat16"] == {"agreement": 0.9997, "lowest": 0.9996, "shards": 2, "shards_in_float32": 0}
+    report = report_of("tokenize", "tokens", tally, "Completed", ())
+    assert "**bfloat16** gave 99.970% of a sample's codes as float32 did (lowest shard 99.960%)" in report
+    assert "warning" not in report
+    tally.add(ShardOutcome(3, 0, "committed", 10, 10, agreement=0.97))
+    report = report_of("tokenize", "tokens", tally, "Completed", ())
+    assert "**warning** 1 of 3 shards were encoded in float32, slower: less than 99.9% of their" in report
+    nothing = Tally(1)
+    nothing.add(ShardOutcome(0, 0, "committed", 10, 10))
+    assert "bfloat16" not in report_of("tokenize", "tokens", nothing, "Completed", ())
+    assert "bfloat16" not in nothing.as_json()
+
+
 def test_who_asks_the_web_without_a_contact_is_told_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pipelines.ingest import ingest
 
