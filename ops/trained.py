@@ -38,6 +38,8 @@ MODEL = "model.safetensors"
 BPE = "bpe.json"
 FROZEN_TOKENIZER = "tokenizer/receipt.json"
 _HEADER = "armchair"
+WORD = re.compile(r"steps/\d{7,}/part-\d{4,}-of-\d{4,}\.run-\d{4,}\.json")
+"""What a rank tells rank 0 while a checkpoint is being written (ops/checkpoints.py)."""
 _RECEIPT = re.compile(r"steps/(\d{7,})/receipt\.json")
 
 
@@ -252,12 +254,17 @@ def check_finished(tokenizer: str) -> None:
 
 
 def forget_after(store: Store, step: int, check_owner: Callable[[], None] = lambda: None) -> None:
-    """Removes metrics and sheets past `step`, which a run left whose checkpoint was never committed."""
+    """Removes metrics and sheets past `step`, which a run left whose checkpoint was never committed, and the words of
+    its ranks: workers that start again within a run must not take them for their own."""
     for prefix in ("metrics/", "sheets/"):
         for entry in list(store.list(prefix)):
             if int(Path(entry.key).stem) > step:
                 check_owner()
                 store.delete(entry.key)
+    for entry in list(store.list("steps/")):
+        if WORD.fullmatch(entry.key):
+            check_owner()
+            store.delete(entry.key)
 
 
 def _checkpoint_to_use(store: Store, stage: str) -> Checkpoint:

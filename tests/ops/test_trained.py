@@ -50,7 +50,11 @@ def test_a_checkpoint_names_its_files_and_the_averaged_weights_are_the_model(lea
 def test_what_lies_past_a_checkpoint_is_forgotten(learned: Learned, tmp_path: Path) -> None:
     """A resume with another interval would write its rows under other names, beside those of the killed run."""
     stage = shutil.copytree(learned.tokenizer, tmp_path / "stage")
+    word = stage / "steps" / "0000030" / "part-0001-of-0002.run-0003.json"
+    word.parent.mkdir()
+    word.write_text("{}")
     forget_after(open_store(str(stage)), 10)
+    assert not word.exists()
     assert sorted(path.name for path in (stage / "metrics").iterdir()) == ["0000010.jsonl"]
     assert sorted(path.name for path in (stage / "sheets").iterdir()) == ["0000010.png"]
 
