@@ -266,7 +266,7 @@ class Told:
             self._doing, self._began_s = record["doing"], now_s
         if now_s - self._spoke_s < SILENCE_S - HEARTBEAT_S:
             return
-        if record.get("step") != self._step:
+        if record.get("step") not in (None, self._step):  # workers that start again have no step yet
             self._step = record["step"]
             line = progress_line(self._job.kind, record)
         else:

@@ -196,7 +196,7 @@ def _steps(this: _Run, stop_after: int | None) -> None:
             interval.append(update)
             this.losses.append(update.loss)
             is_checkpoint = done % settings.checkpoint_every == 0 or done == settings.steps
-            if 2 * (done - (this.last_good or 0)) == settings.checkpoint_every:
+            if done - (this.last_good or 0) == -(-settings.checkpoint_every // 2):
                 this.writer.wait()  # so that a kill costs no more than one interval and a half
             if done % settings.log_every == 0 or is_checkpoint:
                 now_s = time.perf_counter()

@@ -472,13 +472,14 @@ def test_a_training_that_diverges_ends_with_4_and_a_second_one_beside_it_with_2(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
-def test_a_gpu_learns_what_a_cpu_learns(learned: Learned, tmp_path: Path, kind: str) -> None:
-    """The first losses agree; the checkpoint of one goes on on the other."""
-    job = _job(learned, kind, tmp_path / "into")
+def test_a_gpu_learns_what_a_cpu_learns(learned: Learned, tmp_path: Path, kind: str, precision: str) -> None:
+    """The first losses agree; a checkpoint of one goes on on the other. In bf16 all that saves time or memory is on."""
+    job, is_bf16 = _job(learned, kind, tmp_path / "into", precision=precision), precision == "bf16"
     prepare(job)
     run = claim_run(open_store(job.into))
-    run_loop(job, Worker(device="cuda"), run)
+    run_loop(job, Worker(device="cuda", recompute=is_bf16, compile=is_bf16), run)
     end_run(open_store(job.into), run, "done")
     on_cpu = learned.tokenizer if kind == "tokenizer" else learned.model
     first_gpu, first_cpu = (
