@@ -50,6 +50,11 @@ RESULT = "armchair-result "
 """Begins the last line of a job."""
 STOP_S = 30
 """A job that is stopped has this long to end by itself; then Ray kills it."""
+JOB_ENVIRONMENT = {
+    "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),  # Ray's 3 s are too short for workers that finish their update
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard shows the run by name, and its ranks
+}
+"""Of a job's process, beside what every worker has."""
 PATIENCE_S = 60.0
 """A job server that does not answer for longer is given up; the job is not."""
 REQUEST_S = 30.0
@@ -151,8 +156,7 @@ def _find_or_submit(client: JobSubmissionClient, job: Job, place: Place, say: Sa
         numbers = [int(each.submission_id.rpartition("-")[2]) for each in ours]
         name = job_name(job, 1 + max([*numbers, record["run"] if record else 0]))
         environment = shipped()
-        # Ray's 3 s are too short for workers that finish their update; then it kills.
-        environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] = str(STOP_S)
+        environment["env_vars"] |= JOB_ENVIRONMENT
         metadata = {"stage": job.kind, "into": absolute(job.into), "source": absolute(job.source)}
         try:
             client.submit_job(

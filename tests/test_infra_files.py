@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from infra.cluster import CLIENT_PORT, GCS_PORT, JOB_PORT, QUIET
-from ops.train_job import STOP_S, entrypoint, from_json, job_name
+from ops.train_job import JOB_ENVIRONMENT, entrypoint, from_json, job_name
 from pipelines.settings import resolve
 from tests.test_house import LOCK, REPO, ROOMS
 
@@ -102,7 +102,7 @@ def test_the_job_is_what_the_launcher_would_submit_and_fits_the_cluster() -> Non
     meant = replace(job, model=s.transformer, training=s.transformer_training, sampling=s.sampling)
     assert spec["entrypoint"] == entrypoint(meant, place)
     assert spec["jobId"] == job_name(job, 1)
-    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": JOB_ENVIRONMENT}
     gpus = sum(
         group.get("replicas", 1)
         * group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)

@@ -101,6 +101,8 @@ def test_two_who_ask_at_once_get_one_job_and_the_weights_of_a_laptop(
     assert there.files == here.files
     assert _jobs(head, job) == {job_name(job, 1): "SUCCEEDED"}
     assert any("20/20 steps" in line for line in said), said
+    shown = json.loads(urlopen(f"{head.server}/api/train/v2/runs/v1", timeout=60).read())["train_runs"]
+    assert [run["name"] for run in shown if str(job.into) in str(run)] == ["transformer-1"], "on the dashboard's page"
     assert train_as_job(job, PLACE, head.server).was_done
     assert len(_jobs(head, job)) == 1
 
