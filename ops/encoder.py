@@ -25,7 +25,8 @@ ENCODE_BATCH = 64
 """Most pictures encoded at once. No setting: another batch could round another way, and give other bytes."""
 CPU_BATCH_BYTES = 4 << 20
 """What a batch's widest layer may take on a CPU, to stay in the caches' reach: with 64 channels of 64 pixels a picture
-costs 9.1 CPU-ms in batches of 4 and 12 to 13 in those of 64, with the same codes (`make bench STAGE=tokenize`)."""
+costs 9.1 CPU-ms in batches of 4 and 12 to 13 in those of 64, with the same codes (2 cores of an EPYC:
+`python -m tests.bench.tokenize --tried`)."""
 SAMPLE_BATCHES = 2
 """Batches of a shard that are encoded both ways: 131,072 codes of the published size, of which 131 may differ."""
 AGREEMENT = 0.999
