@@ -33,7 +33,7 @@ from ops.trained import (
     read_checkpoint_file,
     read_metrics,
 )
-from ops.training import prepare, train, train_here
+from ops.training import Told, prepare, train, train_here
 from ops.training_loop import rate, run_loop
 from pipelines.settings import PRESETS, resolve
 from tests.ops.conftest import Learned, MakePairs
@@ -397,6 +397,19 @@ def test_a_run_that_is_asked_to_stop_ends_without_an_error(learned: Learned, tmp
     end_run(store, run, "stopped")
     train_here(job, threads=1)
     assert _digests(into) == _digests(learned.tokenizer)
+
+
+def test_workers_that_start_again_within_a_run_are_told_of(
+    learned: Learned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of an elastic run do: their record has no step until they have made one."""
+    monkeypatch.setattr("ops.training.SILENCE_S", 0.0)
+    lines: list[str] = []
+    told = Told(_job(learned, "transformer", tmp_path / "into"), lines.append)
+    trains = {"step": 5, "steps": 20, "loss": 2.0, "steps_per_s": 1.0, "seconds_left": 15.0, "doing": "trains"}
+    for record in (trains, {"doing": "prepares the model"}, trains | {"step": 10}):
+        told.look(record)
+    assert ["5/20 steps" in lines[0], "prepares the model" in lines[1], "10/20 steps" in lines[2]] == [True] * 3
 
 
 @pytest.mark.cluster
