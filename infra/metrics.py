@@ -23,7 +23,7 @@ def untold(what: str, done: int, total: int | None) -> None:
 
 GAUGES = {
     "loss": ("armchair_train_loss", "Objective, mean over the last interval of the log; nats."),
-    "positions_per_s": ("armchair_train_positions_per_s", "Rows of the training order a second, over all workers."),
+    "tokens_per_s": ("armchair_train_tokens_per_s", "Tokens (of a tokenizer: codes) a second, over all workers."),
     "waited_share": ("armchair_train_data_wait_share", "Share of the time in which rank 0 waited for data."),
     "step": ("armchair_train_step", "Updates done."),
     "checkpoint_age_s": ("armchair_train_checkpoint_age_s", "Seconds since the last checkpoint was begun."),

@@ -69,6 +69,8 @@ class Learning:
     build: Callable[[], nn.Module]
     initial: Callable[[], nn.Module]
     about: dict[str, Any]
+    tokens: int
+    """Of one position: the codes of a picture, or the positions of a caption and its codes."""
     measures: tuple[str, ...]
     objective: dict[str, float]
     batch: Callable[[int, int], Batch | None]
@@ -177,6 +179,7 @@ def learn_tokenizer(job: Job, into: Store, snapshot: Snapshot, worker: Worker) -
         build=lambda: Dvae(settings),
         initial=initial,
         about={"kind": "dvae", "settings": asdict(settings)},
+        tokens=settings.grid**2,
         measures=("nats_per_dim", "distortion_nats", "kl_nats", "usage"),
         objective={"nats_per_dim": 1.0, "usage": settings.usage},
         batch=batch,
@@ -269,6 +272,7 @@ def learn_transformer(job: Job, into: Store, snapshot: Snapshot, worker: Worker)
         build=lambda: Transformer(settings),
         initial=lambda: _seeded(lambda: Transformer(settings), training.seed),
         about={"kind": "transformer", "settings": asdict(settings), "bpe": sha256(bpe), "tokenizer": tokenizer},
+        tokens=settings.text_positions + settings.image_positions,
         measures=tuple(objective),
         objective=objective,
         batch=batch,

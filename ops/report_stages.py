@@ -61,7 +61,7 @@ TITLES = {
 MORE = {"loss", "distortion_nats", "kl_nats", "usage", "gradient_norm", "steps_per_s", "waited_share", "learning_rate"}
 """Folded, unless something is bad there."""
 NOT_CHARTED = {
-    "step", "kind", "pictures", "tau", "cpu_s",
+    "step", "kind", "pictures", "tau", "cpu_s", "tokens_per_s",
     "kl_nats_per_picture", "hard_nats_per_dim", "relaxed_nats_per_dim",
 }  # fmt: skip
 

@@ -196,18 +196,19 @@ def _steps(this: _Run, stop_after: int | None) -> None:
             interval.append(update)
             this.losses.append(update.loss)
             is_checkpoint = done % settings.checkpoint_every == 0 or done == settings.steps
-            if done - (this.last_good or 0) == -(-settings.checkpoint_every // 2):
-                this.writer.wait()  # so that a kill costs no more than one interval and a half
+            if done - (this.last_good or 0) == max(1, settings.checkpoint_every // 10):
+                this.writer.wait()  # so that a kill costs no more than one interval and a tenth
             if done % settings.log_every == 0 or is_checkpoint:
                 now_s = time.perf_counter()
                 row = _row(interval, done, now_s - marked_s, batches.waited_s - marked_wait_s)
                 # The CPU time of this process since the last row, evaluations and checkpoints between them included.
                 cpu_s, marked_cpu_s = time.process_time() - marked_cpu_s, time.process_time()
-                row |= {"learning_rate": _rate(this, step), "cpu_s": cpu_s}
+                tokens_per_s = row["steps_per_s"] * settings.batch * this.learning.tokens
+                row |= {"tokens_per_s": tokens_per_s, "learning_rate": _rate(this, step), "cpu_s": cpu_s}
                 this.rows += [row] if worker.rank == 0 else []
                 if this.heart is not None:
                     this.heart.facts = this.heart.facts | _progress(row, settings.steps)
-                    worker.tell(_gauged(row, settings.batch, is_checkpoint=is_checkpoint))
+                    worker.tell(row | {"is_checkpoint": is_checkpoint})
                 if is_checkpoint:
                     _write(this, done)
                     worker.report({"step": done, "loss": row["loss"]})
@@ -315,10 +316,6 @@ def _row(updates: list[_Update], step: int, seconds: float, waited_s: float) -> 
         "steps_per_s": len(updates) / max(seconds, 1e-9),
         "waited_share": waited_s / max(seconds, 1e-9),
     }
-
-
-def _gauged(row: dict[str, Any], batch: int, *, is_checkpoint: bool) -> dict[str, Any]:
-    return row | {"positions_per_s": row["steps_per_s"] * batch, "is_checkpoint": is_checkpoint}
 
 
 def _progress(row: dict[str, Any], steps: int) -> dict[str, Any]:

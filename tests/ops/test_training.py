@@ -61,7 +61,7 @@ def _digests(into: Path) -> dict[str, str]:
 
 
 def _without_clocks(into: Path) -> list[dict[str, Any]]:
-    clocks = {"steps_per_s", "waited_share", "cpu_s"}
+    clocks = {"steps_per_s", "tokens_per_s", "waited_share", "cpu_s"}
     return [
         {name: value for name, value in row.items() if name not in clocks}
         for row in read_metrics(open_store(str(into)))
