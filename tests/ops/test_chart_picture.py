@@ -25,3 +25,18 @@ def test_a_picture_of_charts_is_one_svg_with_every_curve_name_and_last_value() -
     areas = [group.get("transform") for group in drawn.findall(f"{SVG}g")]
     assert len(set(areas)) == 3
     assert int(drawn.get("height", "0")) == 2 * int(drawn[0].get("height", "0")) // 2
+
+
+def test_the_names_of_many_curves_stay_within_their_chart() -> None:
+    curves = {f"held-out, curve {number}": [(0, 1.0), (9, 2.0)] for number in range(5)}
+    drawn = ElementTree.fromstring(charts_svg([Chart("many", curves), Chart("next", {"held-out": [(0, 1.0)]})]))
+    group = drawn.find(f"{SVG}g")
+    assert group is not None
+    places = [
+        (int(t.get("x", "")), int(t.get("y", "")))
+        for t in group.findall(f"{SVG}text")
+        if "curve" in "".join(t.itertext())
+    ]
+    assert len(set(places)) == 5
+    top = float(str(group.get("transform")).split()[1].rstrip(")"))
+    assert all(0 <= x <= 0.6 * WIDTH and HEIGHT < y < int(drawn.get("height", "")) - top for x, y in places)
