@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from infra.cluster import ANSWER_S, REPO, Cluster, ClusterError, Place, connect, job_server
+from infra.cluster import ANSWER_S, REPO, ClusterError, Place, job_server
 from infra.metrics import GAUGES
 from infra.store import StoreError, open_store
 from models.transformer import TransformerSettings
@@ -57,6 +57,23 @@ def head() -> Iterator[Head]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         yield up
+
+
+CONNECTS = """
+import sys
+from infra.cluster import Cluster, ClusterError, connect
+try:
+    with connect(Cluster(sys.argv[1])):
+        pass
+except ClusterError as error:
+    print(error)
+"""
+
+
+def _refusal(address: str) -> str:
+    """What `connect` says of an address, in a process that is connected to no other Ray."""
+    command = [sys.executable, "-c", CONNECTS, address]
+    return subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
 
 
 def _jobs(head: Head, job: Job) -> dict[str, str]:
@@ -183,9 +200,7 @@ def test_what_the_job_raises_is_raised_here(head: Head, learned: Learned, tmp_pa
 @on_a_cluster
 def test_a_cluster_says_where_its_job_server_is(head: Head) -> None:
     assert job_server(head.address) == job_server(head.server) == head.server
-    with pytest.raises(ClusterError, match="takes trainings as jobs, and nothing else"):
-        with connect(Cluster(head.server)):
-            pass
+    assert "takes trainings as jobs, and nothing else" in _refusal(head.server)
     with ray_head(cpus=1, names=head.server) as silent:
         assert job_server(silent.address) is None, "another cluster's job server is not taken for its own"
 
@@ -216,10 +231,12 @@ def test_a_cluster_that_wants_a_token_says_how_to_give_it(learned: Learned, tmp_
 def test_an_address_that_nobody_answers_at_is_told_soon(address: str) -> None:
     (port,) = free_ports(1)
     began_s = time.monotonic()
-    for ask in (lambda: job_server(address.format(port)), lambda: connect(Cluster(address.format(port))).__enter__()):
-        with pytest.raises(ClusterError):
-            ask()
+    with pytest.raises(ClusterError, match="Nobody answers"):
+        job_server(address.format(port))
     assert time.monotonic() - began_s < ANSWER_S
+    assert ("takes trainings as jobs" if address.startswith("http") else "Nobody answers") in _refusal(
+        address.format(port)
+    )
 
 
 @pytest.mark.parametrize(("error", "exit_code", "parts"), EXAMPLES, ids=lambda value: type(value).__name__)
