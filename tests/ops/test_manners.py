@@ -159,21 +159,21 @@ def test_retry_after_holds_a_whole_host_and_leaves_the_others_their_threads(tmp_
 
     def busy(head: bytes, number: int) -> Iterator[bytes]:
         time.sleep(0.05)
-        yield answer(b"", "Retry-After: 2", status=429) if number <= 4 else BODY
+        yield answer(b"", "Retry-After: 4", status=429) if number <= 4 else BODY
 
     def calm(head: bytes, number: int) -> Iterator[bytes]:
         time.sleep(0.02)
         yield BODY
 
-    with canned(busy) as a, canned(calm) as b, fetcher(tmp_path, threads=8, deadline_s=10) as asks:
+    with canned(busy) as a, canned(calm) as b, fetcher(tmp_path, threads=8, deadline_s=15) as asks:
         start = time.monotonic()
         of_a = submitted(asks, [f"http://a.example:{a.port}/{i}" for i in range(80)])
         of_b = submitted(asks, [f"http://b.example:{b.port}/{i}" for i in range(40)])
         assert {row.result() for row in of_b} == {SUCCESS}
-        assert time.monotonic() - start < 2, "b was done while a was held"
+        assert time.monotonic() - start < 4, "b was done while a was held"
         assert {row.result() for row in of_a} == {SUCCESS}
     assert a.peak <= 4
-    assert a.times[4] - a.times[0] >= 2, "nobody came before the time"
+    assert a.times[4] - a.times[0] >= 4, "nobody came before the time"
     assert len(a.heads) == 80 + 4
 
 
