@@ -25,10 +25,8 @@ def test_both_models_of_a_preset_are_told_as_lines_or_as_json(capsys: pytest.Cap
     assert "50.0 % (MFU" in lines[0]
     assert [line for line in lines if line in found["models"]] == ["tokenizer", "transformer"]
     ways = [line for line in lines if line.startswith(" " * 11)]
-    # Of the dVAE copies and shares; of the transformer each kept and recomputed.
-    assert [line.split("  ")[0] for line in map(str.strip, ways)] == [
-        "copies (DDP)",
-        "shares (FSDP2)",
+    # Of each model copies and shares, kept and recomputed.
+    assert [line.split("  ")[0] for line in map(str.strip, ways)] == 2 * [
         "copies (DDP)",
         "copies (DDP), recomputed",
         "shares (FSDP2)",
