@@ -153,7 +153,7 @@ def _flip(path: Path, at: float) -> None:
         ("tokens/receipts/*.json", "verify tokens"),
         ("tokens/data/*.parquet", "verify tokens --deep"),
         ("model/steps/*/receipt.json", "generate model cat"),
-        ("model/steps/*/ema-*.safetensors", "generate model cat"),
+        ("model/steps/*/model-*.safetensors", "generate model cat"),
         ("model/tokenizer/*.safetensors", "generate model cat"),
     ],
 )

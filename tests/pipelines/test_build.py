@@ -98,11 +98,11 @@ def test_prefect_shows_each_flow_completed_with_its_artifacts(built: Built) -> N
     command = [sys.executable, "-c", READ_BACK]
     ended = subprocess.run(command, cwd=REPO, env=built.environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    training, sharded = ["markdown", "markdown", "progress"], ["markdown", "markdown", "progress"]
+    training, sharded = ["markdown", "markdown", "markdown", "progress"], ["markdown", "markdown", "progress"]
     assert json.loads(ended.stdout) == {
         "build": ["Completed", ["markdown", "markdown", "progress"]],  # report, Ray dashboard
         "ingest": ["Completed", ["markdown", *sharded]],  # report, receipts, pictures
-        "train-tokenizer": ["Completed", training],  # report, sheet
+        "train-tokenizer": ["Completed", training],  # report, curves, sheet
         "tokenize": ["Completed", sharded],
         "train-transformer": ["Completed", training],
     }
