@@ -172,7 +172,7 @@ def test_retry_after_holds_a_whole_host_and_leaves_the_others_their_threads(tmp_
         assert {row.result() for row in of_b} == {SUCCESS}
         assert time.monotonic() - start < 4, "b was done while a was held"
         assert {row.result() for row in of_a} == {SUCCESS}
-    assert a.peak <= 4
+    assert a.peak <= 4 + 1  # one may have been read before the server counted it off
     assert a.times[4] - a.times[0] >= 4, "nobody came before the time"
     assert len(a.heads) == 80 + 4
 
