@@ -328,7 +328,7 @@ def _workers_died(error: BaseException, place: Place) -> bool:
     import torch
 
     def is_loss(failure: BaseException) -> bool:
-        is_own = place.workers == 1 or isinstance(failure, torch.OutOfMemoryError)
+        is_own = (place.most_workers or place.workers) == 1 or isinstance(failure, torch.OutOfMemoryError)
         lost_peer = isinstance(failure, RuntimeError) and not is_own
         return type(failure).__module__.startswith("ray.") or lost_peer
 

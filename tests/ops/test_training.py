@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
 
 from infra.cluster import REPO, Place
 from infra.store import TEMPORARY, open_store
@@ -33,7 +35,7 @@ from ops.trained import (
     read_checkpoint_file,
     read_metrics,
 )
-from ops.training import Told, prepare, train, train_here
+from ops.training import Told, _workers_died, prepare, train, train_here
 from ops.training_loop import rate, run_loop
 from pipelines.settings import PRESETS, resolve
 from tests.ops.conftest import Learned, MakePairs
@@ -410,6 +412,14 @@ def test_workers_that_start_again_within_a_run_are_told_of(
     for record in (trains, {"doing": "prepares the model"}, trains | {"step": 10}):
         told.look(record)
     assert ["5/20 steps" in lines[0], "prepares the model" in lines[1], "10/20 steps" in lines[2]] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("place", "is_loss"), [(Place(), False), (Place(workers=2), True), (Place(workers=1, most_workers=3), True)]
+)
+def test_who_has_peers_may_lose_one_and_who_has_none_met_an_error_of_its_own(place: Place, is_loss: bool) -> None:
+    failure = WorkerGroupError("", {0: RuntimeError("Connection reset by peer"), 1: ActorDiedError()})
+    assert _workers_died(failure, place) == is_loss
 
 
 @pytest.mark.cluster
