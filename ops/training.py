@@ -62,7 +62,7 @@ def train(job: Job, place: Place, say: Say = lambda line: None) -> Trained:
     or killed run goes on when the same job is given again.
     """
     into = open_store(job.into)
-    _check_place(job, place)
+    check_place(job, place)
     prepare(job, say)
     deaths, latest = 0, latest_checkpoint(into)
     if latest is not None and latest.step >= job.training.steps:
@@ -88,7 +88,8 @@ def train(job: Job, place: Place, say: Say = lambda line: None) -> Trained:
     return trained
 
 
-def _check_place(job: Job, place: Place) -> None:
+def check_place(job: Job, place: Place) -> None:
+    """Raises UsageError for a place that this job can't be trained at."""
     if place.accumulate > 1 and isinstance(job.model, DvaeSettings) and job.model.usage:
         raise UsageError(
             f"dvae.usage is {job.model.usage}: it is a statistic of a whole batch, which --accumulate splits.",

@@ -23,7 +23,7 @@ from ops.report_stages import MORE, charts_of
 from ops.run_record import read_run
 from ops.train_job import train_as_job
 from ops.trained import latest_checkpoint, read_metrics
-from ops.training import Trained, prepare, train
+from ops.training import Trained, check_place, prepare, train
 from pipelines.artifacts import Board, carried
 from pipelines.waves import on_ray
 
@@ -61,7 +61,8 @@ def train_transformer(
 def _train(job: Job, cluster: Cluster, place: Place) -> dict[str, Any]:
     """In this process on a Ray that is joined or its own; on a cluster that takes jobs, as one that is followed."""
     store = open_store(job.into)
-    prepare(job)  # what can be refused is refused before Ray starts
+    check_place(job, place)  # what can be refused is refused before Ray starts
+    prepare(job)
     with Board(f"train-{job.kind}", job.into) as board:
         shown = _Shown(job, board)
 

@@ -79,6 +79,8 @@ def _ended(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[in
         ("train transformer pairs --into new --preset tiny", 2, r"holds pairs, not tokens.*the other directory"),
         ("train tokenizer tokens --into new --preset tiny", 2, r"holds tokens, not pairs.*the other directory"),
         ("tokenize pairs --tokenizer model/nothing --into new", 2, r"holds no tokenizer.*armchair train tokenizer"),
+        ("train tokenizer pairs --into new --preset tiny --workers 0", 2, r"--workers is 0.*1 or more"),
+        ("train tokenizer pairs --into new --preset tiny --accumulate 2", 2, r"dvae\.usage is.*--accumulate"),
         ("generate bare_model cat", 2, r"lacks tokenizer/receipt\.json.*--tokenizer"),
         ("generate pairs cat", 2, r"is of the stage pairs, not transformer"),
         ("generate model  ", 2, r"armchair generate MODEL"),
